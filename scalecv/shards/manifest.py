@@ -1,0 +1,143 @@
+"""The facts of one dataset version. Training starts from them alone: no listing, no footers."""
+
+import hashlib
+import json
+
+from pydantic import ValidationError
+
+from scalecv.config import Frozen
+from scalecv.errors import DataError, IntegrityError
+
+FORMAT = 1
+
+
+class Shard(Frozen):
+    """One Parquet file."""
+
+    path: str
+    """Below the dataset: split=NAME/SHA256.parquet."""
+    split: str
+    size_bytes: int
+    sha256: str
+    row_groups: tuple[int, ...]
+    """Rows of each row group."""
+    footer_bytes: int
+    """Length of the footer, magic and length word included: one ranged read fetches it."""
+    byte_ranges: tuple[tuple[int, int], ...]
+    """First byte and end (exclusive) of each row group in the file."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of all row groups."""
+        return sum(self.row_groups)
+
+
+class BandStats(Frozen):
+    """Per-band sums over the training split, of the images that have this dtype and this many bands."""
+
+    rows: int
+    pixels: int
+    """Pixels that count: finite and not nodata, of all bands alike."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    min: tuple[float, ...]
+    max: tuple[float, ...]
+
+
+class Quarantine(Frozen):
+    """What was set aside, and why."""
+
+    rows: int = 0
+    reasons: dict[str, int] = {}
+    """Reason -> rows."""
+    path: str | None = None
+    """Parquet file below the dataset with uri, path, stage, reason, detail, size_bytes, sha256."""
+    sha256: str | None = None
+
+
+class Manifest(Frozen):
+    """The facts of one dataset version."""
+
+    format: int = FORMAT
+    layout: str
+    source: str
+    """Where the images came from, without credentials."""
+    created_at: str
+    """ISO 8601, UTC; not part of the fingerprint."""
+    parent: str | None = None
+    """Fingerprint of the version that this one was appended to."""
+    fingerprint: str
+    """SHA-256 of all that training can see; equal for the same images ingested anywhere."""
+    kind: str
+    """label, mask or image: what each row is labelled with."""
+    classes: tuple[str, ...] = ()
+    """Class names; the place in this list is the class number."""
+    class_counts: dict[str, dict[str, int]] = {}
+    """Split -> class -> rows (labels) or pixels (masks)."""
+    mask_values: tuple[int, ...] = ()
+    """Pixel value of each class (masks)."""
+    mask_ignore: int | None = None
+    """Pixel value of masks that counts nowhere."""
+    splits: dict[str, int]
+    """Split -> rows."""
+    sizes_px: tuple[int, int, int, int]
+    """Smallest width, smallest height, largest width, largest height."""
+    formats: dict[str, int]
+    """File format -> rows."""
+    stats: dict[str, BandStats]
+    """'uint8x3' (dtype and bands) -> statistics over the training split."""
+    band_counts: dict[str, int]
+    """'uint8x3' -> rows of all splits."""
+    encoded_bytes: int
+    """Encoded bytes of all images and masks."""
+    meta: tuple[str, ...] = ()
+    """Names of the metadata columns, without the prefix."""
+    shards: tuple[Shard, ...]
+    quarantine: Quarantine = Quarantine()
+
+    @property
+    def rows(self) -> int:
+        """Rows of all splits."""
+        return sum(self.splits.values())
+
+    def shards_of(self, split: str) -> tuple[Shard, ...]:
+        """The shards of one split, in the order of the manifest."""
+        return tuple(s for s in self.shards if s.split == split)
+
+
+def fingerprint(manifest: Manifest) -> str:
+    """SHA-256 of all that training can see: shards, classes, mask values."""
+    seen = {
+        "shards": [[s.split, s.sha256] for s in manifest.shards],
+        "classes": manifest.classes,
+        "mask_values": manifest.mask_values,
+        "mask_ignore": manifest.mask_ignore,
+    }
+    return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The manifest as canonical JSON."""
+    return json.dumps(manifest.model_dump(mode="json"), sort_keys=True, separators=(",", ":")).encode()
+
+
+def decode(data: bytes, where: str) -> Manifest:
+    """The manifest in canonical JSON.
+
+    Raises: DataError: another format version. IntegrityError: not a manifest, or its fingerprint does not fit.
+    """
+    try:
+        tree = json.loads(data)
+        if isinstance(tree, dict) and tree.get("format") != FORMAT:
+            raise DataError(
+                f"{where} has manifest format {tree.get('format')}, this scalecv reads {FORMAT}: "
+                "use the scalecv that wrote it, or ingest again"
+            )
+        manifest = Manifest.model_validate(tree)
+    except (ValueError, ValidationError) as error:
+        raise IntegrityError(
+            f"{where} is not a manifest ({type(error).__name__}): restore it or ingest again"
+        ) from None
+    if fingerprint(manifest) != manifest.fingerprint:
+        raise IntegrityError(f"{where}: the fingerprint does not fit the facts: restore it or ingest again")
+    return manifest
