@@ -20,7 +20,7 @@ A row is one line of a shard (Parquet). Encoded bytes travel; pixels are made wh
 from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
-    import numpy as np
+    import torch
 
 SPLITS = ("train", "val", "test")
 META = "meta_"
@@ -29,17 +29,17 @@ META = "meta_"
 class Batch(TypedDict, total=False):
     """What a data feed yields, on one rank. B images, C channels, H x W pixels."""
 
-    image: "np.ndarray"
+    image: "torch.Tensor"
     """[B, C, H, W] in the dtype of the files (uint8, uint16, int16 or float32); not normalised."""
-    label: "np.ndarray"
+    label: "torch.Tensor"
     """int64 [B], place in the manifest's classes (classification)."""
-    mask: "np.ndarray"
+    mask: "torch.Tensor"
     """int64 [B, H, W], place in the manifest's classes, IGNORE where not labelled (segmentation)."""
-    valid: "np.ndarray"
+    valid: "torch.Tensor"
     """bool [B]; False marks a row that only fills the batch and counts nowhere."""
     id: list[str]
     """Row ids."""
-    position: "np.ndarray"
+    position: "torch.Tensor"
     """int64 [B], place of the row in the global order of the epoch; -1 where not valid."""
 
 

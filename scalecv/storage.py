@@ -5,6 +5,7 @@ total time, bodies that break off included. Credentials come from the environmen
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import random
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any, TypeVar
@@ -25,6 +27,7 @@ SCHEMES = ("s3", "gs", "az", "file")
 GIVE_UP_AFTER_S = 60.0
 
 T = TypeVar("T")
+_REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ def get_range(uri: str, start: int, end: int) -> bytes:
     return data
 
 
-def put(uri: str, data: bytes) -> None:
+def put(uri: str, data: bytes | memoryview) -> None:
     """Write one object, whole or not at all, over what was there."""
     place = _place(uri)
     if place.scheme == "file":
@@ -144,9 +147,10 @@ def put(uri: str, data: bytes) -> None:
         return
     import obstore
 
+    body = obstore.Bytes(data)
     _persist(
         uri,
-        lambda: obstore.put(_store(place.scheme, place.bucket), place.path, data, use_multipart=len(data) > 64 << 20),
+        lambda: obstore.put(_store(place.scheme, place.bucket), place.path, body, use_multipart=len(body) > 64 << 20),
     )
 
 
@@ -195,19 +199,22 @@ def put_if_match(uri: str, data: bytes, etag: str) -> bool:
 
 def delete(uris: Iterable[str]) -> None:
     """Remove objects; those that are not there are no error."""
-    for uri in uris:
-        place = _place(uri)
-        if place.scheme == "file":
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(place.path)
-            with contextlib.suppress(OSError):
-                os.rmdir(os.path.dirname(place.path))  # only an empty folder goes
-            continue
-        import obstore
+    todo = iter(uris)
+    while batch := list(islice(todo, 500)):
+        remote: dict[tuple[str, str], list[str]] = {}
+        for place in map(_place, batch):
+            if place.scheme == "file":
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(place.path)
+                with contextlib.suppress(OSError):
+                    os.rmdir(os.path.dirname(place.path))  # only an empty folder goes
+            else:
+                remote.setdefault((place.scheme, place.bucket), []).append(place.path)
+        for (scheme, bucket), paths in remote.items():
+            import obstore
 
-        with contextlib.suppress(FileNotFoundError):
-            store = _store(place.scheme, place.bucket)
-            _persist(uri, partial(obstore.delete, store, place.path))
+            with contextlib.suppress(FileNotFoundError):
+                _persist(f"{scheme}://{bucket}", partial(obstore.delete, _store(scheme, bucket), paths))
 
 
 def list_entries(uri: str) -> Iterator[Entry]:
@@ -220,7 +227,10 @@ def list_entries(uri: str) -> Iterator[Entry]:
     if place.scheme == "file":
         if not os.path.isdir(place.path):
             raise StorageDenied(f"no folder at {place.path}: check the path")
-        yield from _walk(place.path, "")
+        try:
+            yield from _walk(place.path, "")
+        except PermissionError as error:
+            raise StorageDenied(f"{error.filename}: {error.strerror}; check its rights") from None
         return
     import obstore
 
@@ -260,7 +270,7 @@ def check_writable(uri: str) -> None:
         put(probe, b"probe")
         delete([probe])
     except OSError as error:
-        raise StorageDenied(f"cannot write to {uri}: {error.strerror or error}") from None
+        raise StorageDenied(f"cannot write to {without_secrets(uri)}: {error.strerror or error}") from None
 
 
 def delta_options(uri: str) -> dict[str, str]:
@@ -309,10 +319,15 @@ def _store_for(scheme: str, bucket: str, environment: tuple[tuple[str, str], ...
     give_up: Any = {"max_retries": 10, "retry_timeout": timedelta(seconds=GIVE_UP_AFTER_S)}
     client: Any = {"connect_timeout": "5s", "timeout": "60s"}
     if scheme == "s3":
+        if _endpoint() and not urlsplit(_endpoint()).netloc:  # the client panics over it
+            raise StorageDenied(
+                f"s3://{bucket}: AWS_ENDPOINT_URL={_endpoint()!r} is not a URL such as https://HOST:PORT"
+            )
         client["allow_http"] = _endpoint().startswith("http://")
         config: Any = {"endpoint": _endpoint()} if _endpoint() else {}
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-        return S3Store(bucket, config={**config, "region": region}, client_options=client, retry_config=give_up)
+        config["region"] = region
+        return S3Store(bucket, config=config, client_options=client, retry_config=give_up)
     maker = GCSStore if scheme == "gs" else AzureStore
     return maker(bucket, client_options=client, retry_config=give_up)
 
@@ -337,25 +352,12 @@ def _persist(uri: str, call: Callable[[], T], good: Callable[[T], bool] = lambda
             if good(answer) or time.monotonic() - began > GIVE_UP_AFTER_S:
                 return answer
             last: Exception | str = "the body broke off"
-        except (obstore.exceptions.PermissionDeniedError, obstore.exceptions.UnauthenticatedError):
-            raise StorageDenied(
-                f"{where}: access denied; check the credentials in the environment (AWS_ACCESS_KEY_ID …)"
-            ) from None
-        except (
-            FileNotFoundError,
-            obstore.exceptions.AlreadyExistsError,
-            obstore.exceptions.PreconditionError,
-            obstore.exceptions.NotModifiedError,
-        ) as error:
-            if "NoSuchBucket" in str(error):
-                raise StorageDenied(f"{where}: no such bucket; create it or check the name") from None
-            raise
         except (obstore.exceptions.BaseError, OSError) as error:
-            last = error
-            if "NoSuchBucket" in str(error):
-                raise StorageDenied(f"{where}: no such bucket; create it or check the name") from None
-            if "builder error" in str(error) or "relative URL" in str(error):
-                raise StorageDenied(f"{where}: AWS_ENDPOINT_URL={_endpoint()!r} is not a URL") from None
+            last, denied = error, _denied(error)
+            if denied:
+                raise StorageDenied(f"{where}: {denied}") from None
+            if isinstance(error, (FileNotFoundError, *_answers())):
+                raise
             if time.monotonic() - began > GIVE_UP_AFTER_S:
                 said = str(last).strip().splitlines()[0][:300] if str(last).strip() else type(last).__name__
                 raise StorageError(f"{where}: no good answer for {GIVE_UP_AFTER_S:.0f} s, last: {said}") from None
@@ -363,18 +365,56 @@ def _persist(uri: str, call: Callable[[], T], good: Callable[[T], bool] = lambda
         wait_s = min(wait_s * 2, 5.0)
 
 
+def _answers() -> tuple[type[Exception], ...]:
+    """Errors that are answers: trying again would not change them."""
+    from obstore.exceptions import AlreadyExistsError, NotModifiedError, PreconditionError
+
+    return AlreadyExistsError, PreconditionError, NotModifiedError
+
+
+def _denied(error: Exception) -> str:
+    """What to do about an error that no retry can mend; empty for any other."""
+    from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
+
+    said = str(error)
+    if "NoSuchBucket" in said:
+        return "no such bucket; create it or check the name"
+    if any(mark in said for mark in ("Missing AccessKeyId", "Missing SecretAccessKey", "169.254.169.254")):
+        return "no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or what your store needs)"
+    # Listings answer 401 and 403 as general errors, other calls by their classes.
+    refused = any(f"status code: {code}" in said for code in (401, 403))
+    if refused or isinstance(error, (PermissionDeniedError, UnauthenticatedError)):
+        return "access denied; check the credentials in the environment (AWS_ACCESS_KEY_ID …)"
+    return ""
+
+
+def _local_failure(path: str, error: OSError) -> Exception:
+    """A full or forbidden disk as one clear error; any other error as it is."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return StorageError(f"{path}: no space left to write there: free some, and the same command goes on")
+    if error.errno in _REFUSALS:
+        return StorageDenied(f"{path}: {error.strerror}; check the path and its rights")
+    return error
+
+
 @contextlib.contextmanager
-def _local_part(path: str, data: bytes) -> Iterator[str]:
+def _local_part(path: str, data: bytes | memoryview) -> Iterator[str]:
     """A durable temporary file beside `path`, removed unless it was moved away."""
     folder = os.path.dirname(path)
-    os.makedirs(folder, exist_ok=True)
-    handle, part = tempfile.mkstemp(dir=folder, prefix=".part-")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(part, 0o644)
+        os.makedirs(folder, exist_ok=True)
+        handle, part = tempfile.mkstemp(dir=folder, prefix=".part-")
+    except OSError as error:
+        raise _local_failure(path, error) from None
+    try:
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(part, 0o644)
+        except OSError as error:
+            raise _local_failure(path, error) from None
         yield part
     finally:
         with contextlib.suppress(FileNotFoundError):

@@ -1,0 +1,98 @@
+"""Networks by name: every builder returns logits, [B, K] for classification, [B, K, H, W] for segmentation.
+
+`MODELS` holds the names with a builder of their own. Besides them stand torchvision's classification
+networks by their names, `timm/NAME`, and one's own as `package.module:function`, which is imported only
+when the caller says that the name comes from the user's own experiment or command line.
+The starting weights are drawn from torch's generator: the caller seeds it.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Literal
+
+from torch import nn
+
+from scalecv.errors import ConfigError
+from scalecv.models import classifiers, segmenters
+from scalecv.models.norms import change_norm
+from scalecv.models.weights import load_weights
+
+Scalar = bool | int | float | str | None
+Builder = Callable[..., nn.Module]
+"""Called as (in_channels=, outputs=, encoder=, imagenet=, args=)."""
+
+MODELS: dict[str, Builder] = {
+    "resnet10": classifiers.resnet10,
+    **{arch: partial(segmenters.segmenter, arch) for arch in segmenters.ARCHITECTURES},
+}
+
+
+def build_model(
+    arch: str,
+    *,
+    in_channels: int,
+    outputs: int,
+    encoder: str = "resnet18",
+    weights: str | None = None,
+    stem: Literal["default", "small"] = "default",
+    norm: Literal["batch", "sync", "group", "frozen"] = "batch",
+    args: Mapping[str, Scalar] | None = None,
+    allow_import: bool = False,
+) -> nn.Module:
+    """The network that a name stands for.
+
+    Args:
+        arch: a name in MODELS, in torchvision, timm/NAME, or package.module:function.
+        in_channels: channels of the images, any number from 1.
+        outputs: channels of the logits.
+        encoder: encoder of a segmentation network; the others do not look at it.
+        weights: None draws them, "imagenet" takes the library's own, else the URI of a safetensors file.
+        stem: small starts without stride and pooling, for images of 8 to 64 px (resnets).
+        norm: what stands in place of batch normalisation, see `norms.change_norm`.
+        args: further arguments of the builder.
+        allow_import: True only where the name comes from the user's own experiment or command line.
+    Raises: ConfigError: a name, encoder, argument or weights that cannot be used.
+    """
+    if in_channels < 1 or outputs < 1:
+        raise ConfigError(f"model {arch}: in_channels={in_channels} and outputs={outputs} must be at least 1")
+    build = find_builder(arch, allow_import=allow_import)
+    model = build(
+        in_channels=in_channels, outputs=outputs, encoder=encoder, imagenet=weights == "imagenet", args=dict(args or {})
+    )
+    if stem == "small":
+        classifiers.small_stem(model, arch)
+    if weights not in (None, "imagenet"):
+        load_weights(model, str(weights))
+    return change_norm(model, norm)
+
+
+def find_builder(arch: str, *, allow_import: bool = False) -> Builder:
+    """The builder that a name stands for.
+
+    Raises: ConfigError: nobody knows the name (with the nearest that is known), or it may not be imported.
+    """
+    if ":" in arch:
+        if not allow_import:
+            raise ConfigError(
+                f"model.arch={arch}: imports are taken only from the user's own experiment or command line, "
+                "never from a bundle or checkpoint; name it there"
+            )
+        return partial(classifiers.imported, arch)
+    if arch in MODELS:
+        return MODELS[arch]
+    if arch.startswith("timm/"):
+        return partial(classifiers.timm_classifier, arch)
+    build: Builder = classifiers.torchvision_builder(arch, known=list(MODELS))
+    return build
+
+
+def task_of(arch: str) -> Literal["classify", "segment"] | None:
+    """The task whose logits a network gives; None where only its author knows (package.module:function)."""
+    if ":" in arch:
+        return None
+    return "segment" if arch in segmenters.ARCHITECTURES else "classify"
+
+
+def required_multiple(arch: str, encoder: str, args: Mapping[str, Any] | None = None) -> int:
+    """Pixels of which the side of an image must be a multiple; 1 where any size fits."""
+    return segmenters.required_multiple(arch, encoder, args) if arch in segmenters.ARCHITECTURES else 1

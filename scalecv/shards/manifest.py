@@ -25,6 +25,8 @@ class Shard(Frozen):
     """Length of the footer, magic and length word included: one ranged read fetches it."""
     byte_ranges: tuple[tuple[int, int], ...]
     """First byte and end (exclusive) of each row group in the file."""
+    footer_sha256: str = ""
+    """Of the footer; pages carry checksums of their own, Parquet's footer has none."""
 
     @property
     def rows(self) -> int:
@@ -45,7 +47,7 @@ class BandStats(Frozen):
 
 
 class Quarantine(Frozen):
-    """What was set aside, and why."""
+    """What was set aside (or noted), and why."""
 
     rows: int = 0
     reasons: dict[str, int] = {}
@@ -94,6 +96,10 @@ class Manifest(Frozen):
     """Names of the metadata columns, without the prefix."""
     shards: tuple[Shard, ...]
     quarantine: Quarantine = Quarantine()
+    notes: Quarantine = Quarantine()
+    """Samples that were kept though something about them is odd; the same columns, stage note."""
+    warnings: tuple[str, ...] = ()
+    """What the ingest had to say about the dataset as a whole."""
 
     @property
     def rows(self) -> int:

@@ -1,0 +1,187 @@
+"""A bundle: all that is needed to use a model, without pickle and without training code.
+
+model.safetensors   weights
+bundle.json         task, architecture call, pixels (bands, size, mean, std), classes, data, metrics,
+and the size and SHA-256 of the weights: any flipped bit is noticed before use
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field, ValidationError
+
+from scalecv import storage
+from scalecv.config import Augment, Frozen, Scalar
+from scalecv.errors import DataError, IntegrityError
+
+if TYPE_CHECKING:
+    import torch
+
+    from scalecv.batches.pixels import Pixels
+
+FORMAT = 1
+FACTS = "bundle.json"
+WEIGHTS = "model.safetensors"
+
+
+class Call(Frozen):
+    """The arguments that build the network."""
+
+    arch: str
+    encoder: str
+    in_channels: int
+    outputs: int
+    stem: str
+    norm: str
+    args: dict[str, Scalar] = {}
+
+
+class PixelFacts(Frozen):
+    """How an encoded image becomes the network's input (see batches.pixels.Pixels)."""
+
+    bands: tuple[int, ...] | None
+    color: str
+    channels: int
+    dtype: str
+    size_px: int | None
+    resize: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    mask_values: tuple[int, ...] = ()
+    mask_ignore: int | None = None
+
+
+class DataFacts(Frozen):
+    """Which data the weights saw."""
+
+    uri: str
+    version: int
+    fingerprint: str
+
+
+class Facts(Frozen):
+    """The content of bundle.json."""
+
+    format: int = FORMAT
+    scalecv: str
+    name: str
+    task: str
+    call: Call
+    pixels: PixelFacts
+    classes: tuple[str, ...]
+    data: DataFacts
+    loss: dict[str, float | str] = {}
+    metrics: dict[str, float] = {}
+    epoch: int = Field(0, ge=0)
+    weights_hash: str
+    """SHA-256 over names, dtypes, shapes and values; does not depend on the file format."""
+    weights_sha256: str
+    weights_bytes: int
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle."""
+
+    uri: str
+    facts: Facts
+    model: "torch.nn.Module"
+    """In eval mode, gives logits."""
+
+    def pixels(self) -> "Pixels":
+        """How images become this model's input."""
+        from scalecv.batches.pixels import Pixels
+
+        return Pixels(**self.facts.pixels.model_dump(), classes=self.facts.classes, augment=Augment())
+
+
+def weights_hash(state: "dict[str, torch.Tensor]") -> str:
+    """SHA-256 over the sorted names, dtypes, shapes and values of a state dict."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def pixel_facts(pixels: "Pixels") -> PixelFacts:
+    """The part of `Pixels` that belongs to a bundle."""
+    known = asdict(pixels)
+    return PixelFacts(**{name: known[name] for name in PixelFacts.model_fields})
+
+
+def parts(state: "dict[str, torch.Tensor]", **facts: Any) -> dict[str, bytes]:
+    """The files of a bundle for a state dict; `facts` are the fields of `Facts` but for the hashes."""
+    from safetensors.torch import save
+
+    from scalecv import __version__
+
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    weights = save(plain)
+    told = Facts(
+        scalecv=__version__,
+        weights_hash=weights_hash(plain),
+        weights_sha256=hashlib.sha256(weights).hexdigest(),
+        weights_bytes=len(weights),
+        **facts,
+    )
+    return {WEIGHTS: weights, FACTS: json.dumps(told.model_dump(mode="json"), indent=1).encode()}
+
+
+def read_facts(uri: str) -> Facts:
+    """The facts of the bundle in a folder.
+
+    Raises: DataError: no bundle there. IntegrityError: the file is damaged or of another format.
+    """
+    where = storage.join(uri, FACTS)
+    try:
+        tree = json.loads(storage.get(where))
+        if isinstance(tree, dict) and tree.get("format") != FORMAT:
+            raise DataError(f"{where} has bundle format {tree.get('format')}, this scalecv reads {FORMAT}")
+        return Facts.model_validate(tree)
+    except FileNotFoundError:
+        raise DataError(
+            f"no bundle at {storage.without_secrets(uri)}: expected a folder with {FACTS} and {WEIGHTS}, "
+            "runs:/ID or models:/NAME@ALIAS"
+        ) from None
+    except (ValidationError, ValueError) as error:
+        raise IntegrityError(f"{where} is not a bundle's description: {str(error).splitlines()[0]}") from None
+
+
+def read_weights(uri: str, facts: Facts) -> "dict[str, torch.Tensor]":
+    """The weights of a bundle, checked against their size and hash.
+
+    Raises: IntegrityError: other bytes than were written.
+    """
+    from safetensors.torch import load
+
+    where = storage.join(uri, WEIGHTS)
+    try:
+        data = storage.get(where, facts.weights_bytes, facts.weights_sha256)
+    except FileNotFoundError:
+        raise IntegrityError(f"{where} is missing: the bundle is not whole") from None
+    return load(data)
+
+
+def open_bundle(uri: str, *, allow_import: bool = False) -> Bundle:
+    """The model in a folder, ready to use.
+
+    A network that was built by the user's own function is only imported where the caller allows it:
+    a bundle never decides by itself which code runs.
+    """
+    from scalecv.models import build_model
+
+    facts = read_facts(uri)
+    model = build_model(**facts.call.model_dump(), allow_import=allow_import)
+    missing, unexpected = model.load_state_dict(read_weights(uri, facts), strict=False)
+    if missing or unexpected:
+        raise IntegrityError(
+            f"{uri}: weights do not fit {facts.call.arch}: {len(missing)} missing, {len(unexpected)} unexpected; "
+            "the library that builds it may have changed since"
+        )
+    return Bundle(uri, facts, model.eval())

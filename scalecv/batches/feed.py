@@ -1,0 +1,227 @@
+"""A rank's batches of one epoch: row groups stream in, in the planned order, and pixels are made late.
+
+    Plan.reads ──▶ reader (threads here, or Ray Data) ──▶ held row groups ──▶ Picks ──▶ decode pool ──▶ Batch
+
+Encoded bytes travel; each row group is fetched once and dropped when the plan needs it no more.
+Both readers give the same row groups in the same order, so they give the same batches.
+"""
+
+import os
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from scalecv.batches.collate import Filling, Row, fill
+from scalecv.batches.pixels import Pixels
+from scalecv.batches.plan import Picks, Plan, order_key
+from scalecv.schema import Batch
+from scalecv.shards.manifest import Shard
+from scalecv.shards.store import Dataset, read_row_group
+
+READ_AHEAD_BYTES = 64 << 20
+BATCHES_AHEAD = 3
+
+Groups = list[tuple[Shard, int]]
+"""Row groups of a split: shard and number in it, in the order of the manifest."""
+Reader = Callable[[Dataset, Groups, Iterator[int]], Iterator[Any]]
+"""(dataset, row groups, numbers to read) -> Arrow tables in that order."""
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What one rank needs to read its share of any epoch of one split."""
+
+    dataset: Dataset
+    split: str
+    pixels: Pixels
+    batch: int
+    seed: int = 0
+    rank: int = 0
+    ranks: int = 1
+    is_training: bool = False
+    """Training shuffles and augments; otherwise the order is that of the manifest."""
+    window_mb: int = 256
+    threads: int = 1
+    reader: str = "threads"
+
+    def groups(self) -> Groups:
+        """The row groups of the split."""
+        return [(s, g) for s in self.dataset.manifest.shards_of(self.split) for g in range(len(s.row_groups))]
+
+    def plan(self, epoch: int) -> Plan:
+        """The order of one epoch."""
+        manifest = self.dataset.manifest
+        row_bytes = max(1, manifest.encoded_bytes // max(1, manifest.rows))
+        return Plan(
+            group_rows=tuple(s.row_groups[g] for s, g in self.groups()),
+            batch=self.batch,
+            key=order_key(manifest.fingerprint, self.split, self.seed, epoch if self.is_training else 0),
+            shuffle=self.is_training,
+            window_rows=max(self.batch, (self.window_mb << 20) // row_bytes),
+        )
+
+    def epoch(self, epoch: int, start: int = 0) -> "Epoch":
+        """The batches of one epoch from a step on; reading starts at once, in the background."""
+        return Epoch(self, epoch, start)
+
+
+class Epoch:
+    """An iterator over (step, Batch) of one epoch; closing it stops all that runs behind it."""
+
+    def __init__(self, feed: Feed, epoch: int, start: int) -> None:
+        self.plan = feed.plan(epoch)
+        self.wait_s = 0.0
+        self._feed, self._epoch, self._start = feed, epoch, start
+        self._ready: queue.Queue[Any] = queue.Queue(maxsize=BATCHES_AHEAD)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._produce, name=f"feed-{feed.split}-{epoch}", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[tuple[int, Batch]]:
+        try:
+            for _ in range(self._start, self.plan.steps):
+                began = time.perf_counter()
+                item = self._ready.get()
+                if isinstance(item, BaseException):
+                    raise item
+                step, picks, filling = item
+                batch: Batch = filling.wait()
+                batch["valid"] = torch.from_numpy(picks.valid)
+                batch["position"] = torch.from_numpy(np.where(picks.valid, picks.position, -1))
+                self.wait_s += time.perf_counter() - began
+                yield step, batch
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Stop reading ahead and wait for the threads."""
+        self._stop.set()
+        while self._thread.is_alive():
+            try:
+                self._ready.get_nowait()
+            except queue.Empty:
+                self._thread.join(0.01)
+
+    def _produce(self) -> None:
+        feed, groups = self._feed, self._feed.groups()
+        schedule, ahead = _tee(self.plan.reads(self._start, feed.rank, feed.ranks))
+        tables = READERS[feed.reader](feed.dataset, groups, ahead)
+        held: dict[int, Any] = {}
+        try:
+            with ThreadPoolExecutor(feed.threads, thread_name_prefix="decode") as pool:
+                for step, fetch, drop in schedule:
+                    for group in fetch:
+                        if self._stop.is_set():
+                            return
+                        held[group] = _Columns(groups[group], feed.dataset, next(tables))
+                    picks = self.plan.picks(step, feed.rank, feed.ranks)
+                    self._offer((step, picks, self._start_filling(picks, held, pool)))
+                    for group in drop:
+                        del held[group]
+                    if self._stop.is_set():
+                        return
+        except BaseException as error:
+            self._offer(error)
+        finally:
+            close = getattr(tables, "close", None)
+            if close:
+                close()
+
+    def _start_filling(self, picks: Picks, held: dict[int, Any], pool: ThreadPoolExecutor) -> Filling:
+        feed = self._feed
+        rows = [held[g].row(r) for g, r in zip(picks.group.tolist(), picks.row.tolist(), strict=True)]
+        seeds = (feed.seed, self._epoch) if feed.is_training else None
+        return fill(rows, feed.pixels, seeds, pool, parts=2 * feed.threads)
+
+    def _offer(self, item: Any) -> None:
+        while not self._stop.is_set():
+            try:
+                self._ready.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+
+class _Columns:
+    """One row group's columns, ready to be picked from without copying."""
+
+    def __init__(self, group: tuple[Shard, int], dataset: Dataset, table: Any) -> None:
+        self.where = f"{dataset.uri}/{group[0].path}, row group {group[1]}"
+        flat = {name: table.column(name).combine_chunks() for name in table.column_names}
+        self.ids = flat["id"]
+        self.images = flat["image"].field("bytes")
+        self.masks = flat["mask"].field("bytes") if "mask" in flat and flat["mask"].null_count < len(table) else None
+        self.labels = flat.get("label")
+        self.nodata = flat.get("nodata")
+
+    def row(self, at: int) -> Row:
+        return Row(
+            id=self.ids[at].as_py(),
+            where=self.where,
+            image=self.images[at].as_py(),
+            mask=None if self.masks is None else self.masks[at].as_py(),
+            nodata=None if self.nodata is None else self.nodata[at].as_py(),
+            label=None if self.labels is None else self.labels[at].as_py(),
+        )
+
+
+def _tee(
+    reads: Iterator[tuple[int, list[int], list[int]]],
+) -> tuple[Iterator[tuple[int, list[int], list[int]]], Iterator[int]]:
+    """The schedule, and the numbers of the row groups it fetches, each at its own pace."""
+    import itertools
+
+    schedule, copy = itertools.tee(reads)
+    return schedule, (group for _, fetch, _ in copy for group in fetch)
+
+
+def threads_reader(dataset: Dataset, groups: Groups, wanted: Iterator[int]) -> Iterator[Any]:
+    """Row groups read by threads of this process, as many ahead as READ_AHEAD_BYTES allows."""
+    read = partial(_read, dataset, groups)
+    ahead: deque[tuple[Future[Any], int]] = deque()
+    budget = READ_AHEAD_BYTES
+    with ThreadPoolExecutor(8, thread_name_prefix="read") as pool:
+        try:
+            for group in wanted:
+                shard, index = groups[group]
+                cost = shard.byte_ranges[index][1] - shard.byte_ranges[index][0]
+                while ahead and (budget < cost or len(ahead) >= 32):
+                    table, freed = ahead.popleft()
+                    yield table.result()
+                    budget += freed
+                ahead.append((pool.submit(read, group), cost))
+                budget -= cost
+            while ahead:
+                yield ahead.popleft()[0].result()
+        finally:
+            for future, _ in ahead:
+                future.cancel()
+
+
+def _read(dataset: Dataset, groups: Groups, group: int) -> Any:
+    shard, index = groups[group]
+    return read_row_group(dataset.uri, shard, index)
+
+
+def ray_reader(dataset: Dataset, groups: Groups, wanted: Iterator[int]) -> Iterator[Any]:
+    """Row groups read by Ray Data tasks anywhere in the cluster, in the planned order (see batches/ray_reader.py)."""
+    from scalecv.batches.ray_reader import stream
+
+    return stream(dataset, groups, wanted)
+
+
+READERS: dict[str, Reader] = {"threads": threads_reader, "ray": ray_reader}
+
+
+def decode_threads(configured: int | None, ranks_on_node: int) -> int:
+    """Threads that decode in one process: its share of the cores."""
+    return configured or max(1, (os.cpu_count() or 1) // max(1, ranks_on_node))

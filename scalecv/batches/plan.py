@@ -1,0 +1,187 @@
+"""The order of an epoch, as a pure function of (dataset fingerprint, seed, epoch).
+
+    row groups ── permuted ──▶ sequence of rows ── cut ──▶ LANES equal lanes ── shuffled in windows ──▶ batches
+
+Every global batch takes the same share from each lane, and a rank takes a fixed slice of each batch,
+so it reads only the row groups of its own lanes, whole and once, and the ids in a global batch are
+the same for any number of ranks. A dataset that fits into one window is shuffled as a whole.
+The position in an epoch is the number of the step; nothing has to be replayed to get there.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+LANES = 16
+
+
+@dataclass(frozen=True)
+class Picks:
+    """Rows of one step on one rank. n rows."""
+
+    group: np.ndarray
+    """int64 [n], number of the row group."""
+    row: np.ndarray
+    """int64 [n], row in that group."""
+    valid: np.ndarray
+    """bool [n]; False marks a row that was seen already and only fills the batch."""
+    position: np.ndarray
+    """int64 [n], place in the global order of the epoch."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One epoch over row groups of known lengths."""
+
+    group_rows: tuple[int, ...]
+    """Rows of each row group, in the order of the manifest."""
+    batch: int
+    """Rows of one global batch."""
+    key: str
+    """What the order depends on: fingerprint, split, seed and epoch."""
+    shuffle: bool = True
+    window_rows: int = 1 << 62
+    """Rows among which the order is random, over all lanes together."""
+    _windows: dict[tuple[int, int], np.ndarray] = field(default_factory=dict, compare=False, repr=False)
+
+    @cached_property
+    def rows(self) -> int:
+        """Rows of the epoch."""
+        return sum(self.group_rows)
+
+    @cached_property
+    def lanes(self) -> int:
+        """Equal parts of the epoch that feed each batch side by side; 1 where one window holds everything."""
+        if self.rows < LANES or (self.shuffle and self.rows <= self.window_rows):
+            return 1
+        return math.gcd(self.batch, LANES)
+
+    @cached_property
+    def steps(self) -> int:
+        """Global batches of the epoch."""
+        return math.ceil(math.ceil(self.rows / self.lanes) / (self.batch // self.lanes))
+
+    @cached_property
+    def _sequence(self) -> np.ndarray:
+        groups = len(self.group_rows)
+        return self._permutation(groups, "groups") if self.shuffle else np.arange(groups)
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        lengths = np.asarray(self.group_rows, np.int64)[self._sequence]
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+
+    @cached_property
+    def _lane_starts(self) -> np.ndarray:
+        return np.arange(self.lanes + 1, dtype=np.int64) * self.rows // self.lanes
+
+    @cached_property
+    def _lane_window(self) -> int:
+        """Rows of one window of one lane; a whole number of the lane's share of a batch."""
+        share = self.batch // self.lanes
+        return max(1, min(self.window_rows, self.rows) // self.lanes // share) * share if self.lanes > 1 else self.rows
+
+    def valid_rows(self, step: int) -> int:
+        """Rows of a global batch that count: the whole batch but for the last steps of an epoch."""
+        share = self.batch // self.lanes
+        lengths = np.diff(self._lane_starts)
+        return int(np.clip(lengths - step * share, 0, share).sum())
+
+    def picks(self, step: int, rank: int = 0, ranks: int = 1) -> Picks:
+        """The rows of one step that belong to one rank: its slice of the global batch."""
+        share, local = self.batch // self.lanes, self.batch // ranks
+        slots = np.arange(rank * local, (rank + 1) * local, dtype=np.int64)
+        lane = slots // share
+        at = step * share + slots % share
+        length = np.diff(self._lane_starts)[lane]
+        valid = at < length
+        inside = np.where(valid, at, length - 1 - (at - length) % np.maximum(length, 1))
+        sequence_row = self._lane_starts[lane] + self._shuffled(lane, inside)
+        place = np.searchsorted(self._starts, sequence_row, side="right") - 1
+        return Picks(self._sequence[place], sequence_row - self._starts[place], valid, step * self.batch + slots)
+
+    def reads(self, start: int = 0, rank: int = 0, ranks: int = 1) -> Iterator[tuple[int, list[int], list[int]]]:
+        """For each step from `start`: (step, row groups to fetch before it, row groups not needed after it)."""
+        held: dict[int, int] = {}
+        for step in range(start, self.steps):
+            needed = self.picks(step, rank, ranks).group
+            fetch = [g for g in dict.fromkeys(needed.tolist()) if g not in held]
+            for group in fetch:
+                held[group] = self._last_step(group, rank, ranks)
+            drop = [g for g, last in held.items() if last <= step]
+            for group in drop:
+                del held[group]
+            yield step, fetch, drop
+
+    def _last_step(self, group: int, rank: int, ranks: int) -> int:
+        """The last step in which a rank may need a row group."""
+        if self.lanes == 1:
+            return self.steps
+        share, local = self.batch // self.lanes, self.batch // ranks
+        place = int(self._places[group])
+        first, end = int(self._starts[place]), int(self._starts[place + 1])
+        last = -1
+        for lane in range(rank * local // share, (rank * local + local - 1) // share + 1):
+            lane_first, lane_end = int(self._lane_starts[lane]), int(self._lane_starts[lane + 1])
+            stop = min(end, lane_end)
+            if max(first, lane_first) < stop:
+                window_end = ((stop - 1 - lane_first) // self._lane_window + 1) * self._lane_window
+                last = max(last, (min(window_end, lane_end - lane_first) - 1) // share)
+        return last
+
+    @cached_property
+    def _places(self) -> np.ndarray:
+        places = np.empty(len(self.group_rows), np.int64)
+        places[self._sequence] = np.arange(len(self.group_rows))
+        return places
+
+    def _shuffled(self, lane: np.ndarray, at: np.ndarray) -> np.ndarray:
+        if not self.shuffle:
+            return at
+        window = at // self._lane_window
+        out = np.empty_like(at)
+        for one_lane, one_window in dict.fromkeys(zip(lane.tolist(), window.tolist(), strict=True)):
+            here = (lane == one_lane) & (window == one_window)
+            first = one_window * self._lane_window
+            out[here] = first + self._window(one_lane, one_window)[at[here] - first]
+        return out
+
+    def _window(self, lane: int, window: int) -> np.ndarray:
+        if (lane, window) not in self._windows:
+            length = int(self._lane_starts[lane + 1] - self._lane_starts[lane])
+            size = min(self._lane_window, length - window * self._lane_window)
+            if len(self._windows) > 4 * LANES:
+                self._windows.clear()
+            self._windows[lane, window] = self._permutation(size, f"lane {lane} window {window}")
+        return self._windows[lane, window]
+
+    def _permutation(self, size: int, what: str) -> np.ndarray:
+        """A permutation that no release of numpy changes: raw bits of Philox, sorted."""
+        digest = hashlib.sha256(f"{self.key}|{what}".encode()).digest()
+        raw = np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(size)
+        return np.argsort(raw, kind="stable")
+
+
+def order_key(fingerprint: str, split: str, seed: int, epoch: int) -> str:
+    """What the order of an epoch depends on."""
+    return f"{fingerprint}|{split}|{seed}|{epoch}"
+
+
+def order_sum(positions: np.ndarray, ids: list[str], epoch: int) -> int:
+    """Sum over rows of SHA-256(epoch, place, id), modulo 2^256.
+
+    It adds up over steps and ranks, and differs when any id stands in another place.
+    """
+    total = 0
+    for position, row in zip(positions.tolist(), ids, strict=True):
+        total += int.from_bytes(hashlib.sha256(f"{epoch}|{position}|{row}".encode()).digest(), "little")
+    return total % (1 << 256)
+
+
+def order_hash(total: int) -> str:
+    """SHA-256 of a sum of `order_sum`: what `data/order_hash` holds."""
+    return hashlib.sha256(f"{total % (1 << 256):x}".encode()).hexdigest()

@@ -1,0 +1,151 @@
+"""Deterministic resizing and random augmentation of one sample, image and mask together.
+
+All chance is in `draws`: numbers from (seed, epoch, sample id) alone. The same sample looks the same
+on any number of workers, in any thread, after any restart, whatever the version of a library.
+"""
+
+import hashlib
+
+import numpy as np
+import torch
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from scalecv.config import Augment
+from scalecv.schema import IGNORE
+
+DRAWS = 24
+
+
+def draws(seed: int, epoch: int, row_id: str) -> np.ndarray:
+    """float64 [DRAWS] in [0, 1), from SHA-512 of (seed, epoch, id)."""
+    key = f"{seed}|{epoch}|{row_id}".encode()
+    raw = b"".join(hashlib.sha512(key + tail).digest() for tail in (b"|0", b"|1", b"|2"))
+    return (np.frombuffer(raw, "<u8") >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def resize(
+    image: torch.Tensor, mask: torch.Tensor | None, size_px: int, how: str
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The sample as a square; masks take the nearest pixel.
+
+    Args:
+        image: [C, H, W].
+        mask: int64 [H, W] or None.
+        size_px: side of the square.
+        how: "stretch", or "crop" (centre of the shorter side's square).
+    """
+    height, width = image.shape[-2:]
+    if how == "crop" and height != width:
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        image, mask = (
+            F.crop(image, top, left, side, side),
+            None if mask is None else mask[top : top + side, left : left + side],
+        )
+    if image.shape[-2:] == (size_px, size_px):
+        return image, mask
+    scaled = F.resize(image, [size_px, size_px], antialias=True)
+    return scaled, None if mask is None else _nearest(mask, size_px)
+
+
+def augment(
+    image: torch.Tensor, mask: torch.Tensor | None, how: Augment, u: np.ndarray, size_px: int | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One random variant of a sample.
+
+    Args:
+        image: [C, H, W], uint8, int16 or float32, not normalised.
+        mask: int64 [H, W] or None; pixels that come from outside the image become IGNORE.
+        how: strengths and probabilities.
+        u: float64 [DRAWS] in [0, 1); each operation has places of its own, so switching one on or off
+            does not change the others.
+        size_px: side after a resized crop.
+    """
+    if how.resized_crop and size_px:
+        top, left, height, width = _crop_box(image.shape[-2], image.shape[-1], how.resized_crop, u[0:4])
+        image = F.resized_crop(image, top, left, height, width, [size_px, size_px], antialias=True)
+        mask = None if mask is None else _nearest(mask[top : top + height, left : left + width], size_px)
+    if u[4] < how.hflip:
+        image, mask = image.flip(-1), None if mask is None else mask.flip(-1)
+    if u[5] < how.vflip:
+        image, mask = image.flip(-2), None if mask is None else mask.flip(-2)
+    if how.rot90:
+        turns = int(u[6] * 4)
+        image, mask = image.rot90(turns, (-2, -1)), None if mask is None else mask.rot90(turns, (-2, -1))
+    if how.pad_crop_px:
+        image, mask = _pad_crop(image, mask, how.pad_crop_px, u[7:9])
+    if how.rotate_deg or how.translate or how.zoom:
+        image, mask = _affine(image, mask, how, u[9:13])
+    if how.brightness or how.contrast:
+        image = _photometric(image, 1 + how.brightness * (2 * u[13] - 1), 1 + how.contrast * (2 * u[14] - 1))
+    if u[15] < how.erase:
+        image = _erase(image, u[16:19])
+    return image, mask
+
+
+def _crop_box(height: int, width: int, share: tuple[float, float], u: np.ndarray) -> tuple[int, int, int, int]:
+    """A box of a random share of the area and a ratio of 3:4 to 4:3, cut down to the image where it does not fit."""
+    area = height * width * (share[0] + (share[1] - share[0]) * u[0])
+    ratio = float(np.exp(np.log(3 / 4) + (np.log(4 / 3) - np.log(3 / 4)) * u[1]))
+    w = min(width, max(1, round((area * ratio) ** 0.5)))
+    h = min(height, max(1, round((area / ratio) ** 0.5)))
+    return int(u[2] * (height - h + 1)), int(u[3] * (width - w + 1)), h, w
+
+
+def _pad_crop(
+    image: torch.Tensor, mask: torch.Tensor | None, pad: int, u: np.ndarray
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    height, width = image.shape[-2:]
+    rows = _reflected(height, int(u[0] * (2 * pad + 1)) - pad)
+    columns = _reflected(width, int(u[1] * (2 * pad + 1)) - pad)
+    return image[:, rows][:, :, columns], None if mask is None else mask[rows][:, columns]
+
+
+def _reflected(size: int, shift: int) -> torch.Tensor:
+    """Indices 0..size-1 moved by `shift` and mirrored at the edges."""
+    at = (np.arange(size) + shift) % (2 * size)
+    return torch.from_numpy(np.where(at < size, at, 2 * size - 1 - at))
+
+
+def _affine(
+    image: torch.Tensor, mask: torch.Tensor | None, how: Augment, u: np.ndarray
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    height, width = image.shape[-2:]
+    angle = float(how.rotate_deg * (2 * u[0] - 1))
+    shift = [float(how.translate * (2 * u[1] - 1) * width), float(how.translate * (2 * u[2] - 1) * height)]
+    scale = float(1 + how.zoom * (2 * u[3] - 1))
+    changed = image if image.dtype == torch.uint8 else image.float()
+    fill = changed.float().mean((-2, -1)).tolist()
+    changed = F.affine(changed, angle, shift, scale, [0.0, 0.0], InterpolationMode.BILINEAR, fill=fill).to(image.dtype)
+    if mask is None:
+        return changed, None
+    moved = F.affine(
+        mask[None].float(), angle, shift, scale, [0.0, 0.0], InterpolationMode.NEAREST, fill=[float(IGNORE)]
+    )
+    return changed, moved[0].long()
+
+
+def _photometric(image: torch.Tensor, brightness: float, contrast: float) -> torch.Tensor:
+    """Any number of bands: scale all, then stretch around each band's mean."""
+    changed = image.float() * brightness
+    mean = changed.mean((-2, -1), keepdim=True)
+    changed = (changed - mean) * contrast + mean
+    return changed.round().clamp(0, 255).to(torch.uint8) if image.dtype == torch.uint8 else changed.to(image.dtype)
+
+
+def _erase(image: torch.Tensor, u: np.ndarray) -> torch.Tensor:
+    """Blank a rectangle of 2 to 20 % of the area with the band's mean."""
+    height, width = image.shape[-2:]
+    side = (0.02 + 0.18 * u[0]) ** 0.5
+    h, w = max(1, int(height * side)), max(1, int(width * side))
+    top, left = int(u[1] * (height - h + 1)), int(u[2] * (width - w + 1))
+    changed = image.clone()
+    changed[:, top : top + h, left : left + w] = image.float().mean((-2, -1), keepdim=True).to(image.dtype)
+    return changed
+
+
+def _nearest(mask: torch.Tensor, size_px: int) -> torch.Tensor:
+    height, width = mask.shape
+    middle = 2 * torch.arange(size_px) + 1  # of the new pixel, in half pixels
+    return mask[middle * height // (2 * size_px)][:, middle * width // (2 * size_px)]

@@ -1,0 +1,127 @@
+"""`scalecv evaluate MODEL DATASET`: score a bundle on every row of a split, once."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from scalecv import storage
+from scalecv.artifacts import bundle, report, tracking
+from scalecv.config import Loss
+from scalecv.errors import DataError, nearest
+from scalecv.shards.store import open_dataset
+
+Event = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an evaluation found."""
+
+    run_id: str | None
+    """MLflow run that the model came from, where it was named by one."""
+    status: str
+    metrics: dict[str, float]
+    rows: int
+    weights_hash: str
+    bundle: str
+    dataset: str
+    version: int
+    fingerprint: str
+    split: str
+    pictures: str | None
+    """Where the pictures and tables lie."""
+    images_per_s: float
+    data_wait_share: float
+    order_hash: str
+
+
+def evaluate(
+    model: str,
+    dataset_uri: str,
+    *,
+    split: str = "test",
+    version: int | None = None,
+    batch: int = 64,
+    to: str | None = None,
+    allow_import: bool = False,
+    tell: Callable[[Event], None] = lambda _: None,
+) -> Result:
+    """Score a model on a split of a dataset.
+
+    Args:
+        model: bundle folder, runs:/ID or models:/NAME@ALIAS.
+        dataset_uri: what `scalecv ingest` wrote.
+        split: train, val or test.
+        version: version of the dataset; None takes the newest.
+        batch: images at a time.
+        to: folder for pictures and tables; None writes none.
+        allow_import: let a bundle whose network is the user's own function import it.
+        tell: called with progress events.
+    Raises: DataError: the dataset does not fit the model: bands, kind or classes.
+    """
+    import os
+    import time
+
+    import torch
+
+    from scalecv.batches.feed import Feed
+    from scalecv.batches.plan import order_hash
+    from scalecv.tasks import TASKS
+    from scalecv.tasks import evaluate as scoring
+
+    opened = bundle.open_bundle(tracking.lookup(model), allow_import=allow_import)
+    dataset = open_dataset(dataset_uri, version)
+    _check(opened, dataset.manifest, dataset_uri, split)
+    task = TASKS[opened.facts.task]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    feed = Feed(dataset, split, opened.pixels(), batch, threads=os.cpu_count() or 1)
+    tell({"kind": "progress", "message": f"scoring {dataset.manifest.splits[split]:,} rows of {split} on {device}"})
+    began = time.perf_counter()
+    checked = scoring.evaluate(opened.model.to(device), task, feed, device, loss=Loss(), pictures=16 if to else 0)
+    took = time.perf_counter() - began
+    named = task.summarise(checked.sums, opened.facts.classes)
+    metrics = {f"{split}/{name}": value for name, value in named.items()}
+    metrics[f"{split}/loss"] = float(checked.sums["loss"].item()) / max(1, checked.rows)
+    if to:
+        report.draw(task, checked, opened.facts.classes, storage.absolute(to), split, step=0)
+    return Result(
+        run_id=model.removeprefix("runs:/").partition("/")[0] if model.startswith("runs:/") else None,
+        status="finished",
+        metrics=metrics,
+        rows=checked.rows,
+        weights_hash=opened.facts.weights_hash,
+        bundle=opened.uri,
+        dataset=storage.without_secrets(dataset.uri),
+        version=dataset.version,
+        fingerprint=dataset.manifest.fingerprint,
+        split=split,
+        pictures=storage.absolute(to) if to else None,
+        images_per_s=checked.rows / max(took, 1e-9),
+        data_wait_share=checked.wait_s / max(took, 1e-9),
+        order_hash=order_hash(checked.order_total),
+    )
+
+
+def _check(opened: bundle.Bundle, manifest: Any, where: str, split: str) -> None:
+    facts = opened.facts
+    kind = {"classify": "label", "segment": "mask"}[facts.task]
+    if manifest.kind != kind:
+        raise DataError(
+            f"{opened.uri} is a model for task={facts.task}, {where} has rows with a {manifest.kind}, not a {kind}"
+        )
+    if not manifest.splits.get(split):
+        known = [name for name, rows in manifest.splits.items() if rows]
+        raise DataError(f"{where} has no split '{split}'{nearest(split, known)}; it has {', '.join(known)}")
+    strange = [c for c in manifest.class_counts.get(split, {}) if c not in facts.classes]
+    if strange:
+        raise DataError(
+            f"{where}: {split} has classes that the model does not know: {', '.join(strange[:5])}; it knows "
+            f"{', '.join(facts.classes[:8])}{' …' if len(facts.classes) > 8 else ''}"
+        )
+    if facts.pixels.color == "native":
+        bands = facts.pixels.bands
+        needed = max(bands) if bands else facts.pixels.channels
+        for seen in manifest.band_counts:
+            count = int(seen.partition("x")[2])
+            if count < needed or (bands is None and count != needed):
+                raise DataError(f"{where} holds images with {count} bands, the model was trained on {needed}")

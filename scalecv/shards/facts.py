@@ -1,0 +1,261 @@
+"""From the records of finished units to the facts of a dataset version, or to the reason why there is none."""
+
+import datetime
+import hashlib
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+from scalecv import storage
+from scalecv.errors import DataError
+from scalecv.schema import SPLITS
+from scalecv.shards import manifest as manifests
+from scalecv.shards.examine import MAX_MASK_VALUES, NOTES, Note
+from scalecv.shards.manifest import Manifest, Quarantine
+from scalecv.shards.options import IngestOptions
+from scalecv.shards.plan import UnitSettings
+from scalecv.shards.record import Aside, BandSums, Record, Totals
+from scalecv.shards.store import FACTS
+from scalecv.shards.unit import record_uri
+
+_COLUMNS = ("uri", "path", "stage", "reason", "detail", "size_bytes", "sha256")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What was planned for one version."""
+
+    uri: str
+    """The dataset."""
+    units: tuple[str, ...]
+    settings: UnitSettings
+    parent: Manifest | None
+    """The version to append to."""
+    is_retried: Callable[[str], bool]
+    """Whether a path below the source is part of this ingest."""
+
+
+def add_up(work: Work, options: IngestOptions, said: Sequence[str]) -> Manifest:
+    """The manifest of what the units made; quarantine and notes are written, nothing is committed.
+
+    Args:
+        work: the units, all of them finished.
+        options: the user's.
+        said: warnings so far.
+
+    Raises: DataError: too many images are bad, none is good, or their masks cannot be classes.
+    """
+    totals = Totals()
+    with tempfile.TemporaryDirectory(prefix="scalecv-") as folder:
+        bad, odd = _Asides(Path(folder) / "quarantine.parquet"), _Asides(Path(folder) / "notes.parquet")
+        if work.parent is not None:
+            for writer, facts in ((bad, work.parent.quarantine), (odd, work.parent.notes)):
+                writer.copy(work.uri, facts, work)
+        for record in _records(work):
+            totals.add(record)
+            bad.add(work.settings.source, record.quarantine)
+            odd.add(work.settings.source, record.notes)
+        check_budget(totals.reasons, totals.examples, sum(totals.splits.values()), options.max_bad)
+        quarantine, notes = bad.put(work.uri), odd.put(work.uri)
+    return _manifest(work, options, totals, quarantine, notes, said)
+
+
+def check_budget(reasons: Counter[str], examples: dict[str, list[str]], good: int, max_bad: float) -> None:
+    """See that few enough images are bad.
+
+    Raises: DataError: more than `max_bad` of them are, or all; with the reasons.
+    """
+    bad = reasons.total()
+    if not bad or (good and bad <= max_bad * (good + bad)):
+        return
+    lines = [
+        f"  {count} {reason}" + (f", such as {', '.join(examples[reason])}" if examples.get(reason) else "")
+        for reason, count in reasons.most_common()
+    ]
+    share = f"{bad} of {good + bad} images cannot be used, at most {max_bad:.0%} may be set aside"
+    raise DataError("\n".join([f"{share}; nothing was committed:", *lines, "repair them, or raise --max-bad"]))
+
+
+def _manifest(
+    work: Work, options: IngestOptions, totals: Totals, quarantine: Quarantine, notes: Quarantine, said: Sequence[str]
+) -> Manifest:
+    parent, settings = work.parent, work.settings
+    classes, values = _classes(work, options, totals)
+    names = dict(zip(values, classes, strict=False))
+    counts: dict[str, Counter[str]] = {s: Counter(c) for s, c in (parent.class_counts if parent else {}).items()}
+    for split, labels in totals.labels.items():
+        counts.setdefault(split, Counter()).update(labels)
+    for split, pixels in totals.mask_values.items():
+        counts.setdefault(split, Counter()).update({names[v]: n for v, n in pixels.items() if v in names})
+    sums = {key: BandSums.of(stats) for key, stats in (parent.stats if parent else {}).items()}
+    for key, more in totals.sums.items():
+        sums[key] = sums[key].plus(more) if key in sums else more
+    sizes = totals.sizes_px or [0, 0, 0, 0]
+    if parent is not None:
+        low, high = zip(parent.sizes_px[:2], sizes[:2], strict=True), zip(parent.sizes_px[2:], sizes[2:], strict=True)
+        sizes = [min(pair) for pair in low] + [max(pair) for pair in high]
+    manifest = Manifest(
+        layout=options.layout,
+        source=storage.without_secrets(settings.source),
+        created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        parent=parent.fingerprint if parent else None,
+        fingerprint="",
+        kind=settings.kind,
+        classes=classes,
+        class_counts={s: {c: counts[s][c] for c in classes if counts[s][c]} for s in SPLITS if counts.get(s)},
+        mask_values=values,
+        mask_ignore=settings.mask_ignore,
+        splits=_sum(parent.splits if parent else {}, totals.splits),
+        sizes_px=(sizes[0], sizes[1], sizes[2], sizes[3]),
+        formats=_sum(parent.formats if parent else {}, totals.formats),
+        stats={key: sums[key].stats() for key in sorted(sums)},
+        band_counts=_sum(parent.band_counts if parent else {}, totals.bands),
+        encoded_bytes=(parent.encoded_bytes if parent else 0) + totals.encoded_bytes,
+        meta=settings.meta,
+        shards=(*(parent.shards if parent else ()), *totals.shards),
+        quarantine=quarantine,
+        notes=notes,
+    )
+    return manifest.model_copy(
+        update={
+            "fingerprint": manifests.fingerprint(manifest),
+            "warnings": (*said, *_note_lines(totals), *_class_lines(manifest), *_raster_lines(totals)),
+        }
+    )
+
+
+def _classes(work: Work, options: IngestOptions, totals: Totals) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Class names by number, and the mask values that stand for them."""
+    known = work.parent.classes if work.parent else options.classes
+    if work.settings.kind == "label":
+        seen = {label for labels in totals.labels.values() for label in labels}
+        return (*known, *sorted(seen - set(known), key=_natural)), ()
+    if work.settings.kind != "mask":
+        return (), ()
+    declared = work.parent.mask_values if work.parent else options.mask_values
+    found = {value for pixels in totals.mask_values.values() for value in pixels} - {work.settings.mask_ignore}
+    values = (*declared, *sorted(found - set(declared)))
+    if len(values) > MAX_MASK_VALUES:
+        raise DataError(
+            f"the masks hold {len(values)} different values, at most {MAX_MASK_VALUES} are classes; nothing was "
+            "committed: declare the classes with --mask-values 0,1,…"
+        )
+    if options.classes and len(options.classes) != len(values):
+        raise DataError(
+            f"--classes names {len(options.classes)} classes, the masks hold {len(values)} values "
+            f"({', '.join(map(str, values[:8]))}); nothing was committed: name one class for each value"
+        )
+    return (*known, *(str(v) for v in values[len(known) :])), values
+
+
+def _natural(name: str) -> tuple[int, int, str]:
+    """Numbers by size, then names by letters."""
+    return (0, int(name), name) if name.isascii() and name.isdigit() else (1, 0, name)
+
+
+def _note_lines(totals: Totals) -> Iterator[str]:
+    for note, count in totals.notes.most_common():
+        what, such = NOTES[cast("Note", note)], ", ".join(totals.examples[note])
+        yield f"{count} images kept with the note {note} ({what}), such as {such}"
+
+
+def _class_lines(manifest: Manifest) -> Iterator[str]:
+    train = manifest.class_counts.get("train", {})
+    if manifest.kind != "image" and len(manifest.classes) == 1:
+        yield f"there is one class only ({manifest.classes[0]}): nothing can be learnt from these labels"
+    for split in ("val", "test"):
+        lacking = [name for name in manifest.class_counts.get(split, {}) if name not in train]
+        if lacking and train:
+            yield f"{split} holds classes that train lacks: {', '.join(lacking[:8])}{' …' if len(lacking) > 8 else ''}"
+    empty = [name for name in manifest.classes if not any(name in c for c in manifest.class_counts.values())]
+    if empty:
+        yield f"no image shows the declared classes {', '.join(empty[:8])}{' …' if len(empty) > 8 else ''}"
+
+
+def _raster_lines(totals: Totals) -> Iterator[str]:
+    if len(totals.rasters) > 1:
+        kinds = ", ".join(
+            f"{totals.bands[key]} of {key} such as {totals.rasters[key]}" for key in sorted(totals.rasters)
+        )
+        yield f"rasters differ in dtype or bands: {kinds}; a model takes one kind, choose with data.bands"
+
+
+def _records(work: Work) -> Iterator[Record]:
+    """The units' records in order, fetched a few at a time."""
+
+    def read(name: str) -> Record:
+        where = record_uri(work.uri, name)
+        try:
+            return Record.decode(storage.get(where), where)
+        except FileNotFoundError:
+            raise DataError(
+                f"{storage.without_secrets(work.uri)}: another ingest finished there meanwhile; nothing was changed: "
+                "look at it, then run again with --append"
+            ) from None
+
+    names = iter(work.units)
+    with ThreadPoolExecutor(8) as pool:
+        while batch := list(islice(names, 32)):
+            yield from pool.map(read, batch)
+
+
+class _Asides:
+    """Streams samples that were set aside or noted into one Parquet file."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self._path = path
+        kinds = dict.fromkeys(_COLUMNS, pa.string()) | {"size_bytes": pa.int64()}
+        self._schema = pa.schema(kinds)
+        self._writer = pq.ParquetWriter(path, self._schema, compression="zstd")
+        self._reasons: Counter[str] = Counter()
+
+    def add(self, source: str, asides: Iterable[Aside]) -> None:
+        """Take the samples of one unit."""
+        where = storage.without_secrets(source)
+        self._write([{"uri": storage.join(where, a.path), **a.model_dump()} for a in asides])
+
+    def copy(self, uri: str, facts: Quarantine, work: Work) -> None:
+        """Take over what an earlier version set aside, but for what this ingest tries again."""
+        if facts.path is None:
+            return
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        data = storage.get(storage.join(uri, facts.path), sha256=facts.sha256)
+        above = storage.join(storage.without_secrets(work.settings.source), "")
+        for batch in pq.ParquetFile(pa.BufferReader(data)).iter_batches():
+            rows = batch.to_pylist()
+            self._write([r for r in rows if not (r["uri"] == above + r["path"] and work.is_retried(r["path"]))])
+
+    def put(self, uri: str) -> Quarantine:
+        """Write the file below the dataset, if it holds anything."""
+        self._writer.close()
+        if not self._reasons:
+            return Quarantine()
+        data = self._path.read_bytes()
+        sha256 = hashlib.sha256(data).hexdigest()
+        path = f"{FACTS}/{sha256}.parquet"
+        storage.put(storage.join(uri, path), data)
+        return Quarantine(rows=self._reasons.total(), reasons=dict(self._reasons), path=path, sha256=sha256)
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        import pyarrow as pa
+
+        if rows:
+            self._writer.write_table(pa.Table.from_pylist(rows, schema=self._schema))
+            self._reasons.update(row["reason"] for row in rows)
+
+
+def _sum(a: dict[str, int], b: Counter[str]) -> dict[str, int]:
+    both = Counter(a)
+    both.update(b)
+    order = {name: i for i, name in enumerate(SPLITS)}
+    return {key: both[key] for key in sorted(both, key=lambda k: (order.get(k, 9), k)) if both[key]}

@@ -1,0 +1,256 @@
+"""Open a dataset, read single row groups, check every byte.
+
+A version is a commit of the Delta table whose metadata names the manifest by path and hash. Reading
+starts from the manifest alone: one ranged read of a shard's footer, then one of each row group.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from scalecv import storage
+from scalecv.errors import DataError, IntegrityError, StorageDenied, nearest
+from scalecv.shards import manifest as manifests
+from scalecv.shards.manifest import Manifest, Shard
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+LOG = "_delta_log"
+FACTS = "_facts"
+"""Folder below the dataset for manifests, quarantine and notes, each named by its hash."""
+_KEY = "scalecv."
+_CHUNK = 8 << 20
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One version of a dataset."""
+
+    uri: str
+    version: int
+    manifest: Manifest
+
+
+def open_dataset(uri: str, version: int | None = None) -> Dataset:
+    """The newest version of a dataset, or the one asked for.
+
+    Raises: DataError: nothing there, not a dataset, no such version, or one that another tool wrote.
+        StorageDenied: the bucket is missing or refuses these credentials. IntegrityError: a damaged manifest.
+    """
+    uri = storage.absolute(uri)
+    where = storage.without_secrets(uri)
+    known = versions(uri)
+    if not known:
+        raise DataError(_nothing_there(uri))
+    chosen = known[-1] if version is None else version
+    if chosen not in known:
+        raise DataError(f"{where} has no version {version}: it has {known[0]} to {known[-1]}")
+    facts = commit_facts(uri, chosen)
+    if "manifest" not in facts:
+        ours = next((v for v in reversed(known) if v < chosen and "manifest" in commit_facts(uri, v)), None)
+        advice = f"open version {ours}, or ingest again into another place" if ours is not None else "ingest first"
+        raise DataError(f"{where}: version {chosen} was written by another tool, without a manifest: {advice}")
+    path = storage.join(uri, facts["manifest"])
+    try:
+        data = storage.get(path, sha256=facts["manifest_sha256"])
+    except FileNotFoundError:
+        raise IntegrityError(f"{path} is gone: restore it, or ingest again into another place") from None
+    return Dataset(uri, chosen, manifests.decode(data, path))
+
+
+def versions(uri: str) -> list[int]:
+    """The versions of the table at a URI, oldest first; none where there is no table."""
+    names = storage.list_names(storage.join(uri, LOG))
+    return sorted(int(n[:-5]) for n in names if n.endswith(".json") and n[:-5].isdigit())
+
+
+def commit_facts(uri: str, version: int) -> dict[str, str]:
+    """What a commit's metadata says under scalecv's keys; empty for a commit of another tool."""
+    data = storage.get(storage.join(uri, LOG, f"{version:020d}.json"))
+    for line in data.splitlines():
+        info = json.loads(line).get("commitInfo") if line.strip() else None
+        if info is not None:
+            return {k.removeprefix(_KEY): str(v) for k, v in info.items() if k.startswith(_KEY)}
+    return {}
+
+
+def read_row_group(uri: str, shard: Shard, index: int, columns: Sequence[str] | None = None) -> "pa.Table":
+    """One row group of a shard; only its byte range is read, and the footer once per process.
+
+    Args:
+        uri: the dataset.
+        shard: record of the manifest.
+        index: place of the row group in the shard.
+        columns: columns, or leaves such as image.path; empty means all.
+
+    Raises: IntegrityError: the bytes are not those that were written; names shard and row group.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = storage.join(uri, shard.path)
+    where = f"{path}, row group {index}"
+    try:
+        footer = _footer(path, shard.size_bytes, shard.footer_bytes, shard.footer_sha256)
+        group = footer.row_group(index)
+        ranges = list(_ranges(group, columns, shard.byte_ranges[index]))
+        parts = [(start, storage.get_range(path, start, end)) for start, end in ranges]
+        file = pa.PythonFile(_Parts(parts, shard.size_bytes), mode="r")
+        table = pq.ParquetFile(file, metadata=footer, page_checksum_verification=True, pre_buffer=False).read_row_group(
+            index, columns=None if columns is None else list(columns), use_threads=False
+        )
+    except FileNotFoundError:
+        raise IntegrityError(f"{path} is gone: restore it, or ingest again into another place") from None
+    except (pa.ArrowException, OSError, ValueError, IndexError, UnicodeDecodeError) as error:
+        raise IntegrityError(f"{where} is damaged ({_said(error)}): run `scalecv data verify`, restore it") from None
+    if table.num_rows != shard.row_groups[index]:
+        raise IntegrityError(f"{where} has {table.num_rows} rows, {shard.row_groups[index]} were written: restore it")
+    return table
+
+
+def read_rows(uri: str, shards: Sequence[Shard], columns: Sequence[str] | None = None) -> "Iterator[pa.Table]":
+    """The row groups of some shards, one by one."""
+    for shard in shards:
+        for index in range(len(shard.row_groups)):
+            yield read_row_group(uri, shard, index, columns)
+
+
+def verify(
+    dataset: Dataset, progress: Callable[[int, int], None] = lambda done, total: None, threads: int = 4
+) -> list[str]:
+    """Read every byte of a version and compare with the manifest; one line per damaged object, none if all is well.
+
+    Args:
+        dataset: the version.
+        progress: called with bytes done and bytes in all.
+        threads: shards that are read at the same time.
+    """
+    facts = [f for f in (dataset.manifest.quarantine, dataset.manifest.notes) if f.path]
+    objects = [(s.path, s.size_bytes, s.sha256, s) for s in dataset.manifest.shards]
+    objects += [(str(f.path), 0, str(f.sha256), None) for f in facts]  # type: ignore[misc]  # no shard
+    total, done, problems = sum(s.size_bytes for s in dataset.manifest.shards), 0, []
+    with ThreadPoolExecutor(threads) as pool:
+        for (_, size, _, _), problem in zip(
+            objects, pool.map(lambda o: _problem(dataset.uri, *o), objects), strict=True
+        ):
+            done += size
+            progress(done, total)
+            if problem:
+                problems.append(problem)
+    return problems
+
+
+def _problem(uri: str, path: str, size_bytes: int, sha256: str, shard: Shard | None) -> str | None:
+    entry = storage.head(storage.join(uri, path))
+    if entry is None:
+        return f"{path} is gone"
+    if shard is not None and entry.size_bytes != size_bytes:
+        return f"{path} has {entry.size_bytes} bytes, {size_bytes} were written"
+    digest = hashlib.sha256()
+    for start in range(0, entry.size_bytes, _CHUNK):
+        try:
+            digest.update(storage.get_range(storage.join(uri, path), start, min(start + _CHUNK, entry.size_bytes)))
+        except IntegrityError as error:
+            return str(error)
+    if digest.hexdigest() == sha256:
+        return None
+    return f"{path} does not have the sha256 it was written with{_which(uri, shard)}"
+
+
+def _which(uri: str, shard: Shard | None) -> str:
+    """The damaged row groups of a shard, in words."""
+    bad: list[str] = []
+    if shard is None:
+        return ""
+    for index in range(len(shard.row_groups)):
+        try:
+            read_row_group(uri, shard, index)
+        except IntegrityError:
+            bad.append(str(index))
+    return f"; damaged row groups: {', '.join(bad)}" if bad else ""
+
+
+@lru_cache(maxsize=512)
+def _footer(path: str, size_bytes: int, footer_bytes: int, sha256: str) -> Any:
+    """The parsed footer of a shard; its path holds its hash, so it never changes."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    data = storage.get_range(path, size_bytes - footer_bytes, size_bytes)
+    if sha256 and hashlib.sha256(data).hexdigest() != sha256:
+        raise IntegrityError(f"{path} is damaged in its footer: run `scalecv data verify`, restore it")
+    return pq.read_metadata(pa.BufferReader(data))
+
+
+def _ranges(group: Any, columns: Sequence[str] | None, whole: tuple[int, int]) -> Iterator[tuple[int, int]]:
+    """Byte ranges of the wanted columns of a row group, neighbours joined."""
+    from scalecv.shards.write import column_range
+
+    if columns is None:
+        yield whole
+        return
+    chunks = [group.column(i) for i in range(group.num_columns)]
+    wanted = [c for c in chunks if any(c.path_in_schema == w or c.path_in_schema.startswith(w + ".") for w in columns)]
+    start = end = -1
+    for low, high in sorted(map(column_range, wanted)):
+        if start >= 0 and low > end + (64 << 10):
+            yield start, end
+            start = -1
+        start, end = (low if start < 0 else start), high
+    if start >= 0:
+        yield start, end
+
+
+class _Parts(io.RawIOBase):
+    """A file of which only some ranges are there; reading elsewhere is an error."""
+
+    def __init__(self, parts: Sequence[tuple[int, bytes]], size_bytes: int) -> None:
+        self._parts = parts
+        self._size = size_bytes
+        self._at = 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + (0 if whence == io.SEEK_SET else self._at if whence == io.SEEK_CUR else self._size)
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        end = self._size if size < 0 else min(self._at + size, self._size)
+        for start, data in self._parts:
+            if start <= self._at and end <= start + len(data):
+                found = data[self._at - start : end - start]
+                self._at = end
+                return found
+        raise OSError(f"bytes {self._at} to {end} lie outside of the row group")
+
+
+def _nothing_there(uri: str) -> str:
+    where = storage.without_secrets(uri)
+    names = storage.list_names(uri)
+    if names:
+        return f"{where} is not a dataset: it holds {', '.join(names[:5])}; make one with scalecv ingest {where} --to …"
+    above, _, name = uri.rpartition("/")
+    try:
+        near = nearest(name, storage.list_names(above)) if above and not above.endswith(":/") else ""
+    except StorageDenied:
+        near = ""
+    return f"no dataset at {where}{near}: make one with scalecv ingest SOURCE --to {where}"
+
+
+def _said(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:120] if lines else type(error).__name__

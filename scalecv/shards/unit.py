@@ -1,0 +1,184 @@
+"""One unit of work: fetch its objects, examine them, write one shard and one small record.
+
+Runs in a Ray task, or in the caller's process. The shard is named by its content and the record is
+written last, so a unit that was cut off leaves nothing that counts and may run again anywhere.
+"""
+
+import collections
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any
+
+from scalecv import storage
+from scalecv.errors import IntegrityError, ScalecvError, StorageDenied
+from scalecv.schema import META
+from scalecv.shards import plan
+from scalecv.shards.decode import BadImage
+from scalecv.shards.examine import Facts
+from scalecv.shards.examiner import Examiner
+from scalecv.shards.record import Record
+from scalecv.shards.write import ShardWriter
+
+STAGING = "_ingest"
+"""Folder below the dataset for what is under way; gone after the commit."""
+_FETCHES = 24  # an object store answers in 10 to 50 ms: one process needs about this many to keep a core busy
+_AHEAD_BYTES = 64 << 20
+
+
+def spec_uri(target: str, unit: str) -> str:
+    """Where a unit's description lies."""
+    return storage.join(target, STAGING, unit + ".unit.gz")
+
+
+def record_uri(target: str, unit: str) -> str:
+    """Where a finished unit's record lies."""
+    return storage.join(target, STAGING, unit + ".json")
+
+
+def run(item: Mapping[str, Any], target: str) -> dict[str, Any]:
+    """Do one unit; a small row that says how it went.
+
+    Args:
+        item: `unit`, its name.
+        target: URI of the dataset.
+
+    Returns: rows, bad, size_bytes, elapsed_s, reasons and examples (JSON); or error and error_type, its class.
+    """
+    began = time.monotonic()
+    try:
+        record = work(target, str(item["unit"]))
+    except ScalecvError as error:
+        return {**_NOTHING, "unit": item["unit"], "error": str(error), "error_type": type(error).__name__}
+    reasons = collections.Counter(bad.reason for bad in record.quarantine)
+    return {
+        **_NOTHING,
+        "unit": item["unit"],
+        "rows": record.rows,
+        "bad": len(record.quarantine),
+        "size_bytes": record.source_bytes,
+        "elapsed_s": time.monotonic() - began,
+        "reasons": json.dumps(reasons),
+        "examples": json.dumps({bad.reason: bad.path for bad in reversed(record.quarantine)}),
+    }
+
+
+_NOTHING: dict[str, Any] = {
+    "rows": 0,
+    "bad": 0,
+    "size_bytes": 0,
+    "elapsed_s": 0.0,
+    "reasons": "{}",
+    "examples": "{}",
+    "error": "",
+    "error_type": "",
+}
+
+
+def work(target: str, unit: str) -> Record:
+    """Do one unit and leave its shard and record below the target."""
+    split, settings, rows = plan.read_unit(storage.get(spec_uri(target, unit)))
+    record = Record.start(split)
+    writer = ShardWriter(settings.meta, settings.row_group_bytes)
+    examiner = _examiner()
+    for row, data, mask in _fetched(settings.source, rows):
+        record.see(len(data) if isinstance(data, bytes) else 0)
+        sha256 = hashlib.sha256(data).hexdigest() if isinstance(data, bytes) else ""
+        try:
+            if isinstance(data, BadImage):
+                raise data
+            if isinstance(mask, BadImage):
+                raise mask
+            facts = examiner.examine(row["path"], data, mask, settings.mask_values, settings.mask_ignore)
+        except BadImage as bad:
+            record.reject(row, bad, sha256)
+            continue
+        record.accept(row, facts, sha256, len(data) + len(mask or b""))
+        writer.add(_columns(row, facts, data, mask, sha256, settings.meta))
+    closed = writer.close(split)
+    if closed is not None:
+        content, shard = closed
+        storage.put(storage.join(target, shard.path), content)
+        record.shard = shard
+    storage.put(record_uri(target, unit), record.encode())
+    return record
+
+
+@lru_cache(maxsize=1)
+def _examiner() -> Examiner:
+    """One child for all units of a process."""
+    return Examiner()
+
+
+def _columns(
+    row: Mapping[str, Any], facts: Facts, data: bytes, mask: bytes | None, sha256: str, meta: Sequence[str]
+) -> dict[str, Any]:
+    return {
+        "id": hashlib.sha256(f"{row['path']}\0{sha256}".encode()).hexdigest()[:32],
+        "sha256": sha256,
+        "width": facts["width"],
+        "height": facts["height"],
+        "bands": facts["bands"],
+        "format": facts["format"],
+        "nodata": facts["nodata"],
+        "label": row["label"],
+        "group": row["path"] if row["grp"] is None else row["grp"],
+        **{META + name: row["meta"].get(name) for name in meta},
+        "image": {"bytes": data, "path": row["path"]},
+        "mask": None if mask is None else {"bytes": mask, "path": row["mask"]},
+    }
+
+
+_Fetched = bytes | BadImage
+
+
+def _fetched(source: str, rows: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Any, Any]]:
+    """Rows with their bytes, in order; many requests at once, few bytes ahead."""
+
+    def fetch(row: dict[str, Any]) -> tuple[_Fetched, _Fetched | None]:
+        if row["problem"]:
+            return BadImage(row["problem"], _PROBLEMS[row["problem"]]), None
+        mask = _object(source, row["mask"], row["mask_size"]) if row["mask"] else None
+        if isinstance(mask, BadImage):
+            mask = BadImage(
+                "mask_damaged" if mask.reason == "unreadable" else "no_mask", f"{row['mask']}: {mask.detail}"
+            )
+        return _object(source, row["path"], row["size"]), mask
+
+    waiting: collections.deque[tuple[dict[str, Any], Future[tuple[_Fetched, _Fetched | None]]]] = collections.deque()
+    ahead = 0
+    todo = iter(rows)
+    with ThreadPoolExecutor(_FETCHES) as pool:
+        while True:
+            while len(waiting) < 2 * _FETCHES and (ahead < _AHEAD_BYTES or not waiting):
+                row = next(todo, None)
+                if row is None:
+                    break
+                waiting.append((row, pool.submit(fetch, row)))
+                ahead += row["size"] + row["mask_size"]
+            if not waiting:
+                return
+            row, future = waiting.popleft()
+            ahead -= row["size"] + row["mask_size"]
+            yield row, *future.result()
+
+
+_PROBLEMS = {
+    "missing": "listed, but no such file",
+    "no_label": "no label, and other images have one",
+    "no_mask": "no mask of the same name",
+}
+
+
+def _object(source: str, path: str, size_bytes: int) -> _Fetched:
+    try:
+        return storage.get(storage.join(source, path), size_bytes)
+    except FileNotFoundError:
+        return BadImage("missing", "gone since it was listed")
+    except (IntegrityError, PermissionError) as error:
+        return BadImage("unreadable", str(error))
+    except StorageDenied as error:
+        raise StorageDenied(f"{error} (reading an image of the source)") from None

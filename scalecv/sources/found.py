@@ -1,0 +1,79 @@
+"""What a source yields: one record per image that was found or left out, and no pixels."""
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from scalecv.errors import ConfigError
+from scalecv.schema import SPLITS
+
+IMAGE_ENDINGS = ("png", "jpg", "jpeg", "jpe", "jfif", "webp", "gif", "bmp", "dib", "tif", "tiff")
+SPLIT_NAMES: Mapping[str, str] = {s: s for s in SPLITS} | {"valid": "val", "validation": "val"}
+"""Folder or column value -> split."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One image in a source."""
+
+    path: str
+    """Below the source."""
+    size_bytes: int
+    etag: str
+    label: str | None = None
+    mask: str | None = None
+    """Path of the mask below the source."""
+    mask_size_bytes: int = 0
+    mask_etag: str = ""
+    group: str | None = None
+    """What the split must keep together; None means the image stands alone."""
+    split: str | None = None
+    """As the source says; None leaves it to the split by hash."""
+    meta: Mapping[str, str] = field(default_factory=dict)
+    problem: str | None = None
+    """Reason for which the image is set aside without being read: missing, no_label, no_mask."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """One thing that is there and is not taken."""
+
+    path: str
+    why: str
+
+
+def is_image(path: str) -> bool:
+    """Whether the name ends like an image's."""
+    return path.rpartition(".")[2].lower() in IMAGE_ENDINGS
+
+
+def split_named(name: str) -> str | None:
+    """The split that a folder or a column's value names."""
+    return SPLIT_NAMES.get(name.strip().lower())
+
+
+def grouping(pattern: str | None) -> Callable[[str], str | None]:
+    """A function from path to group: what the capture groups of a regular expression hold, joined by '/'.
+
+    Raises: ConfigError: not a regular expression, or one without a capture group.
+    """
+    if pattern is None:
+        return lambda path: None
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"--group {pattern!r} is not a regular expression: {error}") from None
+    if not compiled.groups:
+        raise ConfigError(f"--group {pattern!r} captures nothing: put the group's part in brackets, as in '/(\\d+)_'")
+
+    def group(path: str) -> str | None:
+        match = compiled.search(path)
+        return "/".join(part or "" for part in match.groups()) if match else None
+
+    return group
+
+
+def share(text: str) -> float:
+    """A number in [0, 1) that depends on the text alone."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6]) / (1 << 48)

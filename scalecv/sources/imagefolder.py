@@ -1,0 +1,42 @@
+"""Folders that name classes: CLASS/x.jpg, or SPLIT/CLASS/x.jpg; images without any folder have no label."""
+
+from collections.abc import Iterator
+
+from scalecv import storage
+from scalecv.sources.found import Found, LeftOut, grouping, is_image, split_named
+
+
+def imagefolder(uri: str, group: str | None = None) -> Iterator[Found | LeftOut]:
+    """The images below `uri`, in the order of the listing.
+
+    If some top folder is named like a split, the other top folders are left out. The class is the
+    folder below the split, however deep the image lies.
+
+    Args:
+        uri: the source.
+        group: regular expression whose capture groups, found in the path, name the group.
+    """
+    group_of = grouping(group)
+    tops = storage.list_names(uri)
+    has_splits = any(split_named(name) for name in tops)
+    for entry in storage.list_entries(uri):
+        if not is_image(entry.path):
+            yield LeftOut(entry.path, "not an image by its name")
+            continue
+        folders = entry.path.split("/")[:-1]
+        split = None
+        if has_splits:
+            split = split_named(folders[0]) if folders else None
+            if split is None:
+                top = folders[0] + "/" if folders else "the top folder"
+                yield LeftOut(entry.path, f"{top} is none of train, val, test")
+                continue
+            folders = folders[1:]
+        yield Found(
+            entry.path,
+            entry.size_bytes,
+            entry.etag,
+            label=folders[0] if folders else None,
+            group=group_of("/" + entry.path),
+            split=split,
+        )

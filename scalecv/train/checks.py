@@ -1,0 +1,86 @@
+"""What can be known to be wrong before a worker starts: the experiment against the manifest."""
+
+from scalecv.batches.pixels import Pixels, pixels_of
+from scalecv.config import Experiment
+from scalecv.errors import ConfigError, DataError
+from scalecv.shards.manifest import Manifest
+
+KIND = {"classify": "label", "segment": "mask"}
+
+
+def check(experiment: Experiment, manifest: Manifest) -> list[str]:
+    """Notes on what is allowed but worth knowing.
+
+    Raises: ConfigError, DataError: the run cannot work; the message names key, found, expected and what to do.
+    """
+    where = experiment.data.uri
+    _labels(experiment, manifest, where)
+    pixels = pixels_of(manifest, experiment.data, where)
+    wanted = experiment.model.in_channels
+    if wanted is not None and wanted != pixels.channels:
+        raise ConfigError(
+            f"model.in_channels={wanted}, but images of {where} give {pixels.channels} bands: leave model.in_channels "
+            "out, or choose bands with data.bands"
+        )
+    _batch(experiment, manifest)
+    return _notes(experiment, manifest, pixels)
+
+
+def _labels(experiment: Experiment, manifest: Manifest, where: str) -> None:
+    kind = KIND[experiment.task]
+    if manifest.kind != kind:
+        raise ConfigError(
+            f"task={experiment.task} needs rows with a {kind}, {where} has rows with a {manifest.kind}: "
+            f"set task={'segment' if manifest.kind == 'mask' else 'classify'}, or ingest with another --layout"
+        )
+    if not manifest.splits.get("train"):
+        raise DataError(f"{where} has no rows in its train split ({_splits(manifest)}): ingest with a train split")
+    if len(manifest.classes) < 2:
+        raise DataError(
+            f"{where} has one class only ({', '.join(manifest.classes) or 'none'}): there is nothing to tell apart; "
+            "check the folders or the label column, and ingest again"
+        )
+    seen = {name for name, rows in manifest.class_counts.get("train", {}).items() if rows}
+    for split in ("val", "test"):
+        missing = [name for name, rows in manifest.class_counts.get(split, {}).items() if rows and name not in seen]
+        if missing:
+            raise DataError(
+                f"{where}: {split} has classes that train lacks: {', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}. "
+                "A network cannot learn what it never sees: split the data again, or leave these classes out"
+            )
+
+
+def _batch(experiment: Experiment, manifest: Manifest) -> None:
+    train = experiment.train
+    share = train.batch // max(1, experiment.scale.workers)
+    micro = train.micro_batch or share
+    if micro == 1 and experiment.model.norm == "batch":
+        raise ConfigError(
+            f"train.batch={train.batch} gives each worker one image at a time, and batch normalisation needs two: "
+            "set model.norm=group or frozen, or a larger train.batch or train.micro_batch"
+        )
+    if train.metric and not train.metric.startswith(("val/", "train/")):
+        raise ConfigError(f"train.metric={train.metric}: expected a name such as val/accuracy or val/iou")
+    if train.metric and train.metric.startswith("val/") and not manifest.splits.get("val"):
+        raise ConfigError(
+            f"train.metric={train.metric}, but {experiment.data.uri} has no val split ({_splits(manifest)})"
+        )
+
+
+def _notes(experiment: Experiment, manifest: Manifest, pixels: Pixels) -> list[str]:
+    notes = []
+    if not manifest.splits.get("val"):
+        notes.append("there is no val split: the best checkpoint is chosen by train/loss")
+    if experiment.train.batch > manifest.splits["train"]:
+        notes.append(
+            f"train.batch={experiment.train.batch} is more than the {manifest.splits['train']} training rows: "
+            "each epoch is one update, filled up with repeated rows that count nowhere"
+        )
+    flat = [str(number + 1) for number, std in enumerate(pixels.std) if std == 1.0 and len(pixels.std) > 1]
+    if flat:
+        notes.append(f"band {', '.join(flat)} has no variance (an alpha band?): leave it out with data.bands")
+    return notes
+
+
+def _splits(manifest: Manifest) -> str:
+    return ", ".join(f"{name} {rows}" for name, rows in manifest.splits.items()) or "no rows"

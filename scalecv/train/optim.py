@@ -1,0 +1,67 @@
+"""Optimiser, learning rate as a function of the update, and decisions that follow the metric."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from scalecv.config import Train
+
+if TYPE_CHECKING:
+    import torch
+
+
+def build_optimizer(model: "torch.nn.Module", train: Train) -> "torch.optim.Optimizer":
+    """The optimiser of an experiment; vectors (biases, normalisation) are left out of weight decay."""
+    import torch
+
+    learns = [p for p in model.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in learns if p.ndim > 1], "weight_decay": train.weight_decay},
+        {"params": [p for p in learns if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if train.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum, nesterov=train.momentum > 0)
+    kind = torch.optim.AdamW if train.optimizer == "adamw" else torch.optim.Adam
+    return kind(groups, lr=train.lr)
+
+
+def learning_rate(train: Train, update: int, steps_per_epoch: int, plateau_scale: float = 1.0) -> float:
+    """The learning rate of one update, counted from 0 over the whole run.
+
+    Linear warm-up, then constant, cosine to zero (Loshchilov and Hutter, 2017, without restarts), or constant times
+    what the plateau rule has left.
+    """
+    warmup = train.warmup_epochs * steps_per_epoch
+    if update < warmup:
+        return train.lr * (update + 1) / warmup
+    if train.schedule == "cosine":
+        span = max(1.0, train.epochs * steps_per_epoch - warmup)
+        return train.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, (update - warmup) / span)))
+    return train.lr * plateau_scale
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the metric has said so far; decided on rank 0, saved in every checkpoint."""
+
+    best: float | None = None
+    best_epoch: int = -1
+    since_best: int = 0
+    """Epochs without improvement."""
+    plateau_wait: int = 0
+    plateau_scale: float = 1.0
+
+    def after(self, value: float, epoch: int, train: Train, *, larger_is_better: bool) -> "Progress":
+        """The progress after one more validation."""
+        sign = 1.0 if larger_is_better else -1.0
+        improved = self.best is None or sign * (value - self.best) > train.early_stop_min_delta
+        if improved:
+            return replace(self, best=value, best_epoch=epoch, since_best=0, plateau_wait=0)
+        wait, scale = self.plateau_wait + 1, self.plateau_scale
+        if wait > train.plateau_patience:
+            wait, scale = 0, scale * train.plateau_factor
+        return replace(self, since_best=self.since_best + 1, plateau_wait=wait, plateau_scale=scale)
+
+    def stops(self, train: Train) -> bool:
+        """Whether early stopping ends the run now."""
+        return train.early_stop_patience is not None and self.since_best >= train.early_stop_patience

@@ -1,0 +1,173 @@
+"""One run on Ray Train: worker processes, their failures, and what they report."""
+
+import contextlib
+import os
+import tempfile
+import threading
+import traceback
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ray
+import ray.train
+from ray.train import UserCallback
+
+from scalecv.artifacts.callback import SpoolCallback
+from scalecv.config import Scale
+from scalecv.errors import ScalecvError
+from scalecv.train.worker import Job
+
+LOST = ("gloo", "nccl", "connection closed by peer", "connection reset", "store->get", "broken pipe", "timed out")
+"""What a rank says when another one is gone: not its own error."""
+
+
+class WorkerBug(ScalecvError):
+    """An error of the program in a worker; trying again would show it again."""
+
+
+class _NotAgain(UserCallback):  # type: ignore[misc]  # ray is untyped here
+    """Ends the run at an error of the user or of the program; lost workers are left to Ray's restarts."""
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        for error in worker_exceptions.values():
+            cause = _cause(error)
+            if cause is not None:
+                raise cause
+
+
+def run(job: Job, scale: Scale, spool: str, *, use_gpu: bool) -> None:
+    """Run the workers to the end. What they have to say comes through the spool.
+
+    Raises: ScalecvError: what a worker raised, or that workers were lost more often than scale.max_failures.
+    """
+    import torch  # noqa: F401  # before ray.train.torch, whose import is slow without it
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    with tempfile.TemporaryDirectory(prefix="scalecv-ray-") as folder, _quiet():
+        trainer = TorchTrainer(
+            _rank,
+            train_loop_config={"job": job},
+            torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=scale.workers, use_gpu=use_gpu, resources_per_worker=_resources(scale, use_gpu=use_gpu)
+            ),
+            run_config=ray.train.RunConfig(
+                # Resume goes by our manifests alone; Ray's own state of a run is never met again.
+                name=f"{job.experiment.name}-{uuid.uuid4().hex[:8]}",
+                storage_path=folder,
+                failure_config=ray.train.FailureConfig(max_failures=scale.max_failures, controller_failure_limit=3),
+                callbacks=[SpoolCallback(spool), _NotAgain()],
+                worker_runtime_env={"env_vars": _environment()},
+            ),
+        )
+        try:
+            _in_thread(trainer.fit)
+        except ray.train.TrainingFailedError as error:
+            raise _explained(error, scale) from None
+
+
+def _in_thread(fit: Callable[[], Any]) -> None:
+    """Call `fit` beside the main thread, whose Ctrl-C handler Ray Train would replace by its own."""
+    failed: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            fit()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=call, name="ray-train", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.5)  # a bounded wait lets the main thread run signal handlers
+    if failed:
+        raise failed[0]
+
+
+def _rank(config: dict[str, Any]) -> None:
+    """What Ray Train calls in each worker."""
+    from ray.train.torch import get_device
+
+    from scalecv.train.worker import Place, work
+
+    context = ray.train.get_context()
+    place = Place(
+        rank=context.get_world_rank(),
+        ranks=context.get_world_size(),
+        ranks_on_node=context.get_local_world_size(),
+        device=str(get_device()),
+    )
+
+    def report(events: list[dict[str, Any]]) -> None:
+        ray.train.report({"events": events if place.rank == 0 else []})
+
+    try:
+        work(config["job"], place, report)
+    except ScalecvError:
+        raise
+    except Exception as error:
+        if any(word in str(error).lower() for word in LOST):
+            raise  # another rank is gone; Ray starts all of them again
+        raise WorkerBug(f"rank {place.rank}: {type(error).__name__}: {error}\n{traceback.format_exc()}") from None
+
+
+def _cause(error: BaseException) -> ScalecvError | None:
+    """The error of ours inside what Ray wrapped, if there is one."""
+    seen: set[int] = set()
+    stack: list[Any] = [error]
+    while stack:
+        one = stack.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, ScalecvError):
+            return one
+        for name in ("_base_exc", "base_exc", "cause", "__cause__", "__context__", "controller_failure"):
+            inner = getattr(one, name, None)
+            if isinstance(inner, BaseException):
+                stack.append(inner)
+        stack += list(getattr(one, "worker_failures", {}).values())
+    return None
+
+
+def _explained(error: BaseException, scale: Scale) -> ScalecvError:
+    ours = _cause(error)
+    if ours is not None:
+        return ours
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return ScalecvError(
+        f"workers were lost more than scale.max_failures={scale.max_failures} times; the last time: "
+        f"{lines[-1][:400] if lines else type(error).__name__}. The same command goes on from the last checkpoint"
+    )
+
+
+def _resources(scale: Scale, *, use_gpu: bool) -> dict[str, float]:
+    return {"CPU": scale.cpus_per_worker, **({"GPU": 1.0} if use_gpu else {})}
+
+
+def _environment() -> dict[str, str]:
+    """Variables that workers need besides what Ray hands on; no secrets: those come from each node's environment."""
+    places = {name: os.environ[name] for name in ("AWS_ENDPOINT_URL", "AWS_REGION") if name in os.environ}
+    return {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", **places}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Ray Train's own lines off, its metrics and state tracking off: each costs a process or a second."""
+    wanted = {
+        "RAY_TRAIN_METRICS_ENABLED": "0",
+        "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "180",
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    }
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update({name: value for name, value in wanted.items() if before[name] is None})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)

@@ -1,0 +1,265 @@
+"""`scalecv train`: check, claim the name, start the workers, record, and say how it ended."""
+
+import contextlib
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from scalecv import storage
+from scalecv.artifacts import spool, tracking
+from scalecv.config import Experiment, dump, flatten
+from scalecv.errors import Interrupted, ScalecvError
+from scalecv.train import runs
+from scalecv.train.checks import check
+
+Event = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended."""
+
+    run_id: str | None
+    """MLflow run; None where MLflow could not be reached."""
+    status: str
+    """finished, or stopped early by train.early_stop_patience."""
+    name: str
+    metrics: dict[str, float]
+    weights_hash: str
+    """SHA-256 of the weights after the last update."""
+    order_hash: str
+    """SHA-256 over every id and its place in every epoch."""
+    bundle: str
+    """URI of the bundle with the best weights."""
+    images_per_s: float
+    data_wait_share: float
+    epochs: int
+    best_epoch: int
+    run_uri: str
+    tracking_uri: str
+    is_continued: bool
+    was_complete: bool
+    """Whether nothing was left to do."""
+
+
+def train(
+    experiment: Experiment,
+    *,
+    new: bool = False,
+    code_dirs: tuple[str, ...] = (),
+    tell: Callable[[Event], None] = lambda _: None,
+) -> Result:
+    """Train an experiment to its end, going on from where an earlier command of the same name stopped.
+
+    Args:
+        experiment: what to run.
+        new: start over under the same name.
+        code_dirs: folders whose modules the workers must find, such as the experiment's own.
+        tell: called with each event, for a live display.
+    Raises: UserError: wrong input, nothing was started. Interrupted: stopped on request, state saved.
+        ScalecvError: the run failed.
+    """
+    uri = tracking.tracking_uri(experiment.track.uri)
+    trouble = tracking.probe(uri)
+    storage.check_writable(runs.home(experiment))
+    with runs.lease(experiment):
+        run = runs.open_run(experiment, new=new)
+        for note in check(experiment, run.dataset.manifest):
+            tell({"kind": "progress", "message": note})
+        if (
+            run.result
+            and run.result["epochs"] >= experiment.train.epochs
+            or run.result
+            and run.result["status"] == "stopped"
+        ):
+            return Result(**{**run.result, "is_continued": True, "was_complete": True})
+        if run.goes_on:
+            tell({"kind": "progress", "message": f"goes on with {run.uri} (--new starts over)"})
+        if trouble:
+            tell({"kind": "progress", "message": f"{trouble}. The run goes on; its record waits in {run.uri}"})
+        return _record_and_run(experiment, run, uri, code_dirs, tell)
+
+
+def _record_and_run(
+    experiment: Experiment, run: runs.Run, uri: str, code_dirs: tuple[str, ...], tell: Callable[[Event], None]
+) -> Result:
+    folder = runs.local_folder(run)
+    path = folder / "spool.jsonl"
+    begin = path.stat().st_size if path.exists() else 0
+    _introduce(experiment, run, path)
+    sender = tracking.Sender(
+        path, folder / "spool.sent.json", uri, experiment.track.experiment, experiment.name, run.key, _tags(experiment)
+    )
+    results: list[Event] = []
+
+    def hear(event: Event) -> None:
+        if event["kind"] == "result":
+            results.append(event)
+        tell(event)
+
+    status = "FAILED"
+    try:
+        with _heard(path, begin, hear), _stop_on_signals(run, tell):
+            _run_workers(experiment, run, str(path), code_dirs)
+        if not results:
+            raise ScalecvError(f"the workers ended without a result; what they said is in {path}")
+        if results[-1]["status"] == "interrupted":
+            raise Interrupted(f"stopped as asked, state saved in {run.uri}: the same command goes on")
+        status = "FINISHED"
+    except Interrupted:
+        status = "KILLED"
+        raise
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise Interrupted(f"stopped at once; the same command goes on from the last checkpoint in {run.uri}") from None
+    finally:
+        spool.append(path, {"kind": "end", "status": status})
+        sender.close(timeout_s=30 if status == "FINISHED" else 5)  # it says itself what it could not send
+    result = Result(
+        run_id=sender.run_id,
+        name=experiment.name,
+        run_uri=run.uri,
+        tracking_uri=storage.without_secrets(uri),
+        is_continued=run.goes_on,
+        was_complete=False,
+        **{key: results[-1][key] for key in RESULT_KEYS},
+    )
+    storage.put(storage.join(run.uri, "result.json"), json.dumps(asdict(result), indent=1).encode())
+    return result
+
+
+RESULT_KEYS = (
+    "status",
+    "metrics",
+    "weights_hash",
+    "order_hash",
+    "bundle",
+    "images_per_s",
+    "data_wait_share",
+    "epochs",
+    "best_epoch",
+)
+
+
+def _introduce(experiment: Experiment, run: runs.Run, path: Path) -> None:
+    """What the record of a run begins with."""
+    manifest = run.dataset.manifest
+    flat = {key: value for key, value in flatten(experiment.model_dump(mode="json")).items() if value not in ({}, None)}
+    spool.append(path, {"kind": "params", "params": flat})
+    spool.append(path, {"kind": "text", "file": "experiment.yaml", "text": dump(experiment)})
+    diff = tracking.working_diff()
+    if diff:
+        spool.append(path, {"kind": "text", "file": "code.diff", "text": diff})
+    spool.append(
+        path,
+        {
+            "kind": "dataset",
+            "name": Path(experiment.data.uri).name,
+            "uri": storage.without_secrets(run.dataset.uri),
+            "version": run.dataset.version,
+            "digest": manifest.fingerprint,
+            "context": "train",
+        },
+    )
+
+
+def _tags(experiment: Experiment) -> dict[str, str]:
+    question = {"mlflow.note.content": experiment.question} if experiment.question else {}
+    return {"scalecv.task": experiment.task, **question, **tracking.run_facts()}
+
+
+def _run_workers(experiment: Experiment, run: runs.Run, path: str, code_dirs: tuple[str, ...]) -> None:
+    from scalecv import runtime
+
+    reader = experiment.data.reader
+    if reader == "auto":
+        reader = "ray" if experiment.scale.workers else "threads"
+    storage.delete([storage.join(run.uri, "STOP")])
+    if experiment.scale.workers == 0:
+        if reader == "ray":
+            runtime.connect(code_dirs=code_dirs)
+        _run_here(experiment, run, path, reader)
+        return
+    runtime.connect(code_dirs=code_dirs)
+    scale = experiment.scale
+    use_gpu = scale.gpu == "yes" or (scale.gpu == "auto" and runtime.resources()[1] >= scale.workers)
+    runtime.check_fits(scale.workers, scale.cpus_per_worker, use_gpu)
+    from scalecv.train import ray_run
+    from scalecv.train.worker import Job
+
+    ray_run.run(Job(experiment, run.dataset.version, run.uri, reader), scale, path, use_gpu=use_gpu)
+
+
+def _run_here(experiment: Experiment, run: runs.Run, path: str, reader: str) -> None:
+    import torch
+
+    from scalecv.train.worker import Job, Place, work
+
+    wants = experiment.scale.gpu
+    device = "cuda" if wants != "no" and torch.cuda.is_available() else "cpu"
+
+    def report(events: list[Event]) -> None:
+        for event in events:
+            spool.append(path, event)
+
+    work(Job(experiment, run.dataset.version, run.uri, reader), Place(device=device), report)
+
+
+@contextlib.contextmanager
+def _heard(path: Path, begin: int, hear: Callable[[Event], None]) -> Iterator[None]:
+    """Pass on what is written to the spool, as it comes."""
+    tail, ended = spool.Tail(path, begin), threading.Event()
+
+    def listen() -> None:
+        while not ended.wait(0.2):
+            for event in tail.new():
+                hear(event)
+
+    thread = threading.Thread(target=listen, name="display", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        for event in tail.new():
+            hear(event)
+
+
+@contextlib.contextmanager
+def _stop_on_signals(run: runs.Run, tell: Callable[[Event], None]) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM asks the workers to save and stop; the second leaves at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked: list[int] = []
+
+    def handle(number: int, frame: object) -> None:
+        asked.append(number)
+        if len(asked) > 1:
+            raise KeyboardInterrupt
+        tell({"kind": "progress", "message": "stopping: the state is saved first; once more leaves at once"})
+        threading.Thread(target=storage.put, args=(storage.join(run.uri, "STOP"), b"stop"), daemon=True).start()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def same_everywhere(experiment: Experiment) -> Experiment:
+    """The experiment with local paths made absolute, so that a worker in another folder means the same."""
+    data = experiment.data.model_copy(update={"uri": storage.absolute(experiment.data.uri)})
+    track = experiment.track.model_copy(update={"storage": storage.absolute(experiment.track.storage)})
+    weights = experiment.model.weights
+    if weights and weights != "imagenet" and os.path.exists(weights):
+        weights = os.path.abspath(weights)
+    model = experiment.model.model_copy(update={"weights": weights})
+    return experiment.model_copy(update={"data": data, "track": track, "model": model})

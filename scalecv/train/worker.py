@@ -1,0 +1,265 @@
+"""What one training process does: build, resume, train, evaluate, leave a bundle and pictures."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+from scalecv import storage
+from scalecv.artifacts import bundle, report as reports
+from scalecv.batches.feed import Feed, decode_threads
+from scalecv.batches.plan import order_hash
+from scalecv.batches.pixels import Pixels, pixels_of
+from scalecv.config import Experiment
+from scalecv.models import build_model
+from scalecv.models.facts import model_facts
+from scalecv.models.losses import balanced_weights
+from scalecv.shards.store import Dataset, open_dataset
+from scalecv.tasks import TASKS, pictures
+from scalecv.tasks.evaluate import gather
+from scalecv.tasks.task import Task
+from scalecv.train import checkpoint, loop
+from scalecv.train.loop import Event, Setup, State
+from scalecv.train.optim import Progress, build_optimizer
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every rank is given; plain data."""
+
+    experiment: Experiment
+    dataset_version: int
+    run: str
+    """URI of the run: checkpoints, pictures and the final bundle lie below it."""
+    reader: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this rank runs."""
+
+    rank: int = 0
+    ranks: int = 1
+    ranks_on_node: int = 1
+    device: str = "cpu"
+
+
+def work(job: Job, place: Place, report: Callable[[list[Event]], None]) -> dict[str, Any]:
+    """Run one rank from start, or from the newest checkpoint, to the end; the result, equal on all ranks."""
+    experiment = job.experiment
+    cores = os.cpu_count() or 1
+    torch.set_num_threads(experiment.train.threads or max(1, cores // place.ranks_on_node))
+    dataset = open_dataset(experiment.data.uri, job.dataset_version)
+    task = TASKS[experiment.task]
+    pixels = pixels_of(dataset.manifest, experiment.data, experiment.data.uri)
+    setup = _setup(job, place, dataset, task, pixels, report)
+    state, notes = _start(setup, job, place, pixels)
+    report([{"kind": "progress", "message": note} for note in notes])
+    status = loop.fit(setup, state)
+    result = {"status": status, "epochs": state.epoch, "order_hash": order_hash(state.order_total)}
+    if status != "interrupted":
+        result |= _finish(setup, state, job, dataset, pixels)
+    report([{"kind": "result", **result}])
+    return result
+
+
+def _setup(
+    job: Job, place: Place, dataset: Dataset, task: Task, pixels: Pixels, report: Callable[[list[Event]], None]
+) -> Setup:
+    experiment, manifest = job.experiment, dataset.manifest
+    device = torch.device(place.device)
+    feeds = {
+        split: Feed(
+            dataset=dataset,
+            split=split,
+            pixels=pixels,
+            batch=experiment.train.batch,
+            seed=experiment.seed,
+            rank=place.rank,
+            ranks=place.ranks,
+            is_training=split == "train",
+            window_mb=experiment.data.window_mb,
+            threads=decode_threads(experiment.data.decode_threads, place.ranks_on_node),
+            reader=job.reader,
+        )
+        for split, rows in manifest.splits.items()
+        if rows
+    }
+    weights = None
+    if experiment.loss.class_weights == "balanced":
+        counts = manifest.class_counts.get("train", {})
+        weights = balanced_weights([counts.get(name, 0) for name in manifest.classes]).to(device)
+    metric = experiment.train.metric or (f"val/{task.headline}" if "val" in feeds else "train/loss")
+    stop_file = storage.join(job.run, "STOP")
+    return Setup(
+        experiment=experiment,
+        task=task,
+        feeds=feeds,
+        device=device,
+        rank=place.rank,
+        ranks=place.ranks,
+        class_weights=weights,
+        metric=metric,
+        larger_is_better=not metric.endswith("loss"),
+        report=report,
+        save=lambda state, value: _save(job, place, dataset, pixels, state, value, larger=not metric.endswith("loss")),
+        stop_requested=lambda: storage.exists(stop_file),
+    )
+
+
+def _start(setup: Setup, job: Job, place: Place, pixels: Pixels) -> tuple[State, list[str]]:
+    """The state to go on from, and what there is to say about it."""
+    experiment, train, notes = job.experiment, job.experiment.train, []
+    torch.manual_seed(experiment.seed)
+    model = build_model(
+        **call_of(experiment, setup.task, pixels).model_dump(),
+        weights=experiment.model.weights,
+        allow_import=True,
+    ).to(setup.device)
+    if train.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    if train.precision == "fp16" and setup.device.type == "cpu":
+        notes.append("train.precision=fp16 needs a GPU: this run computes in fp32")
+    optimizer = build_optimizer(model, train)
+    scaler = torch.amp.GradScaler(setup.device.type, enabled=train.precision == "fp16" and setup.device.type == "cuda")
+    state = State(model, model, optimizer, scaler)
+    found, parts, skipped = checkpoint.newest(job.run)
+    notes += [f"passed over {reason}" for reason in skipped]
+    if found and parts:
+        _restore(state, parts, place)
+        notes.append(f"goes on from epoch {state.epoch}, step {state.step} ({found.uri})")
+    network: torch.nn.Module = model
+    if place.ranks > 1:
+        ids = [setup.device.index or 0] if setup.device.type == "cuda" else None
+        network = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+    state.network = torch.compile(network) if train.compile else network  # type: ignore[assignment]
+    return state, notes
+
+
+def call_of(experiment: Experiment, task: Task, pixels: Pixels) -> bundle.Call:
+    """The arguments that build an experiment's network."""
+    model = experiment.model
+    return bundle.Call(
+        arch=model.arch,
+        encoder=model.encoder,
+        in_channels=model.in_channels or pixels.channels,
+        outputs=task.outputs(len(pixels.classes)),
+        stem=model.stem,
+        norm=model.norm,
+        args=model.args,
+    )
+
+
+def _save(
+    job: Job, place: Place, dataset: Dataset, pixels: Pixels, state: State, value: float | None, *, larger: bool
+) -> None:
+    """Write a checkpoint on rank 0; all ranks wait, so that none runs ahead of what is saved."""
+    if place.rank == 0:
+        parts = bundle.parts(state.model.state_dict(), **_facts(job, dataset, pixels, state))
+        parts[checkpoint.TENSORS] = checkpoint.pack_optimizer(state.optimizer)
+        parts[checkpoint.STATE] = json.dumps(state.to_json()).encode()
+        checkpoint.save(job.run, parts, state.updates, value)
+        checkpoint.collect(job.run, job.experiment.track.keep, larger_is_better=larger)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _restore(state: State, parts: dict[str, bytes], place: Place) -> None:
+    from safetensors.torch import load
+
+    state.model.load_state_dict(load(parts[bundle.WEIGHTS]))
+    checkpoint.unpack_optimizer(state.optimizer, parts[checkpoint.TENSORS])
+    told = json.loads(parts[checkpoint.STATE])
+    state.epoch, state.step, state.updates = told["epoch"], told["step"], told["updates"]
+    state.order_total = int(told["order_total"], 16) if place.rank == 0 else 0
+    state.progress = Progress(**told["progress"])
+    state.history = told["history"]
+    if told["scaler"]:
+        state.scaler.load_state_dict(told["scaler"])
+
+
+def _facts(job: Job, dataset: Dataset, pixels: Pixels, state: State) -> dict[str, Any]:
+    experiment = job.experiment
+    task = TASKS[experiment.task]
+    last = state.history[-1] if state.history else {}
+    return {
+        "name": experiment.name,
+        "task": experiment.task,
+        "call": call_of(experiment, task, pixels),
+        "pixels": bundle.pixel_facts(pixels),
+        "classes": pixels.classes,
+        "data": bundle.DataFacts(
+            uri=storage.without_secrets(dataset.uri),
+            version=dataset.version,
+            fingerprint=dataset.manifest.fingerprint,
+        ),
+        "loss": dict(experiment.loss.terms() or task.default_loss(len(pixels.classes))),
+        "metrics": {name: value for name, value in last.items() if name != "epoch"},
+        "epoch": state.epoch,
+    }
+
+
+def _finish(setup: Setup, state: State, job: Job, dataset: Dataset, pixels: Pixels) -> dict[str, Any]:
+    """Load the best weights, score val and test with them, and leave bundle, tables and pictures."""
+    last_hash = bundle.weights_hash(state.model.state_dict())
+    found, _ = checkpoint.complete(job.run)
+    top = checkpoint.best(found, larger_is_better=setup.larger_is_better)
+    if top:
+        facts = bundle.read_facts(top.uri)
+        state.model.load_state_dict(bundle.read_weights(top.uri, facts))
+    metrics: dict[str, float] = {}
+    events: list[Event] = []
+    for split in ("val", "test"):
+        if split in setup.feeds:
+            checked = gather(
+                loop.validate(setup, state.model, split, pictures=setup.experiment.track.pictures),
+                setup.experiment.track.pictures,
+            )
+            metrics |= loop.summary(setup, checked, split)
+            metrics[f"{split}/rows"] = float(checked.rows)
+            if setup.rank == 0:
+                events += reports.draw(setup.task, checked, pixels.classes, job.run, split, state.updates)
+    metrics |= {name: value for name, value in state.history[-1].items() if name.startswith("train/")}
+    size = pixels.size_px
+    shape = (pixels.channels, size or dataset.manifest.sizes_px[1], size or dataset.manifest.sizes_px[0])
+    told = _facts(job, dataset, pixels, state) | {"metrics": metrics, "epoch": state.progress.best_epoch + 1}
+    parts = bundle.parts(state.model.state_dict(), **told)
+    uri = storage.join(job.run, "bundles", f"{state.updates:08d}-{json.loads(parts[bundle.FACTS])['weights_hash'][:8]}")
+    if setup.rank == 0:
+        storage.put(storage.join(uri, bundle.WEIGHTS), parts[bundle.WEIGHTS])
+        storage.put(storage.join(uri, bundle.FACTS), parts[bundle.FACTS])
+        curves = storage.join(job.run, "pictures", "curves.png")
+        storage.put(curves, pictures.curves_png(state.history))
+        events.append({"kind": "artifact", "uri": curves, "folder": "pictures"})
+        events.append({"kind": "model", "uri": uri, "name": "model"})
+        final = {
+            f"best/{k}" if k.startswith("val/") else k: v for k, v in metrics.items() if k.startswith(("val/", "test/"))
+        }
+        events.append({"kind": "metrics", "step": state.updates, "time_ms": _now_ms(), "metrics": final})
+        try:
+            events.append(
+                {"kind": "params", "params": {f"model.{k}": v for k, v in model_facts(state.model, shape).items()}}
+            )
+        except Exception as error:  # a network of the user's may refuse to be counted; the run does not fail for it
+            events.append({"kind": "progress", "message": f"parameters and FLOPs were not counted: {error}"})
+    setup.report(events)
+    waits = [h["system/epoch_data_wait_share"] for h in state.history]
+    speeds = [h["system/epoch_images_per_s"] for h in state.history]
+    return {
+        "metrics": metrics,
+        "weights_hash": last_hash,
+        "bundle": uri,
+        "images_per_s": sorted(speeds)[len(speeds) // 2],
+        "data_wait_share": sorted(waits)[len(waits) // 2],
+        "best_epoch": state.progress.best_epoch + 1,
+    }
+
+
+def _now_ms() -> int:
+    import time
+
+    return int(time.time() * 1000)

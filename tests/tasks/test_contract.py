@@ -1,0 +1,189 @@
+"""What holds for every task: it learns, a perfect model scores perfectly, and sums add up."""
+
+import pytest
+import torch
+
+from scalecv.config import LOSS_TERMS, Loss
+from scalecv.errors import ConfigError
+from scalecv.metrics.sums import add
+from scalecv.models import build_model
+from scalecv.models.losses import weighted
+from scalecv.schema import IGNORE
+from scalecv.tasks import TASKS
+
+CASES = [("classify", 2), ("classify", 4), ("segment", 2), ("segment", 3)]
+NAMES = ["back ground", "pv/roof", "c", "d"]
+SIDE = 32
+
+
+def batch_of(task, classes, rows=8, seed=0):
+    """Images whose brightness (of the image, or of a square in it) tells the class."""
+    draw = torch.Generator().manual_seed(seed)
+    image = torch.randn(rows, 3, SIDE, SIDE, generator=draw) * 0.3
+    batch = {"valid": torch.ones(rows, dtype=torch.bool), "id": [f"{i:032x}" for i in range(rows)]}
+    batch["position"] = torch.arange(rows)
+    if task.name == "classify":
+        batch["label"] = torch.arange(rows) % classes
+        image += batch["label"].view(-1, 1, 1, 1) - 1.0
+    else:
+        mask = torch.zeros(rows, SIDE, SIDE, dtype=torch.long)
+        for row in range(rows):
+            mask[row, 4 + row : 16 + row, 8:24] = 1 + row % (classes - 1)
+        image += mask.unsqueeze(1) - 0.5
+        mask[:, :2] = IGNORE
+        batch["mask"] = mask
+    return {"image": image, **batch}
+
+
+def truth_as_logits(task, batch, classes):
+    target = batch[task.target].clamp_min(0)
+    hot = torch.nn.functional.one_hot(target, classes).float()
+    hot = hot if task.name == "classify" else hot.permute(0, 3, 1, 2)
+    return (hot * 20 - 10)[:, 1:] if task.outputs(classes) == 1 else hot * 20
+
+
+def part(batch, where):
+    return {k: [v[i] for i in range(len(v))[where]] if isinstance(v, list) else v[where] for k, v in batch.items()}
+
+
+@pytest.mark.parametrize(("name", "classes"), CASES)
+def test_overfits_eight_images(name, classes):
+    task = TASKS[name]
+    batch = batch_of(task, classes)
+    extra = {"stem": "small", "args": {"width": 8}} if name == "classify" else {}
+    arch = "resnet10" if name == "classify" else "unet"
+    model = build_model(arch, in_channels=3, outputs=task.outputs(classes), **extra)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    weights = task.default_loss(classes)
+    for _ in range(60):
+        value = weighted(task.losses(model(batch["image"]), batch, Loss(), None), weights).mean()
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        scores = task.summarise(task.score(model(batch["image"]), batch), NAMES[:classes])
+        if scores[task.headline] > 0.97:
+            break
+    assert scores[task.headline] > 0.97
+
+
+@pytest.mark.parametrize(("name", "classes"), CASES)
+def test_the_truth_scores_perfectly(name, classes):
+    task = TASKS[name]
+    batch = batch_of(task, classes)
+    logits = truth_as_logits(task, batch, classes)
+    scores = task.summarise(task.score(logits, batch), NAMES[:classes])
+    assert scores["accuracy"] == scores["macro_accuracy"] == scores["f1"] == scores[task.headline] == 1.0
+    prediction, probability = task.predict(logits)
+    labelled = batch[task.target] != IGNORE
+    assert torch.equal(prediction[labelled], batch[task.target][labelled])
+    assert probability.shape[1] == classes
+    torch.testing.assert_close(probability.sum(1), torch.ones_like(probability[:, 0]))
+    assert torch.equal(probability.argmax(1)[labelled], prediction[labelled])
+
+
+@pytest.mark.parametrize(("name", "classes"), CASES)
+def test_halves_add_up_to_the_whole(name, classes):
+    task = TASKS[name]
+    batch = batch_of(task, classes)
+    logits = truth_as_logits(task, batch, classes) + 15 * torch.randn(
+        8, task.outputs(classes), *[1, 1][: 2 * (name == "segment")]
+    )
+    whole, halves = task.score(logits, batch), {}
+    for where in (slice(0, 3), slice(3, 8)):
+        add(halves, task.score(logits[where], part(batch, where)))
+    assert whole.keys() == halves.keys() and all(torch.equal(whole[k], halves[k]) for k in whole)
+    assert whole["confusion"].dtype == whole["rows"].dtype == torch.int64
+    every = Loss(**{t: 1.0 for t in LOSS_TERMS if not refused(task, t, classes)})
+    terms = task.losses(logits, batch, every, None)
+    for where in (slice(0, 3), slice(3, 8)):
+        for term, value in task.losses(logits[where], part(batch, where), every, None).items():
+            torch.testing.assert_close(value, terms[term][where])
+
+
+def refused(task, term, classes):
+    try:
+        task.check(Loss(**{term: 1.0}), classes)
+    except ConfigError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize(("name", "classes"), CASES)
+def test_filler_rows_change_nothing(name, classes):
+    task = TASKS[name]
+    batch = batch_of(task, classes)
+    logits = torch.randn(8, task.outputs(classes), *([SIDE, SIDE] if name == "segment" else []))
+    real = part(batch, slice(0, 5))
+    filled = {**batch, "valid": torch.arange(8) < 5}
+    logits[5:] = float("nan")
+    one, other = task.score(logits[:5], real), task.score(logits, filled)
+    assert all(torch.equal(one[k], other[k]) for k in one) and int(other["rows"]) == 5
+    terms = task.losses(logits, filled, Loss(), None)
+    for term, value in task.losses(logits[:5], real, Loss(), None).items():
+        assert torch.equal(terms[term][:5], value) and (terms[term][5:] == 0).all()
+        assert value.shape == (5,) and value.dtype == torch.float32
+    hard = task.per_sample(logits, filled)
+    assert hard.dtype == torch.float32 and (hard[5:] == 0).all() and (hard[:5] > 0).all()
+
+
+@pytest.mark.parametrize(("name", "classes"), CASES)
+def test_numbers_have_names_that_mlflow_accepts(name, classes):
+    from mlflow.utils.validation import _validate_metric_name
+
+    task = TASKS[name]
+    scores = task.summarise(
+        task.score(truth_as_logits(task, b := batch_of(task, classes), classes), b), NAMES[:classes]
+    )
+    for key, value in scores.items():
+        _validate_metric_name(f"val/{key}")
+        assert isinstance(value, float)
+    assert any(key.endswith("pv_roof") for key in scores)
+
+
+def test_more_than_twenty_classes_are_not_told_one_by_one():
+    sums = {"confusion": torch.eye(43, dtype=torch.long)}
+    assert set(TASKS["classify"].summarise(sums, [str(i) for i in range(43)])) == {"accuracy", "macro_accuracy", "f1"}
+
+
+def test_classes_that_become_equal_keep_apart():
+    sums = {"confusion": torch.eye(2, dtype=torch.long)}
+    assert {"recall_a_b_0", "recall_a_b_1"} <= set(TASKS["classify"].summarise(sums, ["a/b", "a b"]))
+
+
+def test_a_model_that_sees_nothing_is_told_as_trivial():
+    batch = {"mask": torch.zeros(1, 10, 10, dtype=torch.long), "valid": torch.tensor([True])}
+    batch["mask"][0, 0, :3] = 1
+    scores = TASKS["segment"].summarise(TASKS["segment"].score(torch.full((1, 1, 10, 10), -9.0), batch), ["bg", "pv"])
+    assert scores["accuracy"] == scores["trivial_accuracy"] == pytest.approx(0.97)
+    assert scores["iou"] == scores["trivial_iou"] == scores["iou_pv"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "term", "fits"),
+    [
+        ("classify", 2, "bce", True),
+        ("classify", 3, "bce", False),
+        ("classify", 3, "dice", False),
+        ("classify", 3, "jaccard", False),
+        ("classify", 3, "focal", True),
+        ("segment", 2, "bce", True),
+        ("segment", 3, "bce", False),
+        ("segment", 3, "dice", True),
+    ],
+)
+def test_terms_that_do_not_fit_are_refused(name, classes, term, fits):
+    loss = Loss(**{term: 0.5})
+    if fits:
+        TASKS[name].check(loss, classes)
+    else:
+        with pytest.raises(ConfigError, match=f"loss.{term}=0.5"):
+            TASKS[name].check(loss, classes)
+
+
+def test_the_loss_of_the_experiment_goes_before_the_default():
+    task, batch = TASKS["segment"], batch_of(TASKS["segment"], 2)
+    logits = torch.randn(8, 1, SIDE, SIDE)
+    assert set(task.losses(logits, batch, Loss(), None)) == {"bce", "dice"} == set(task.weights(Loss(), 2))
+    assert set(task.losses(logits, batch, Loss(jaccard=1.0), None)) == {"jaccard"}
+    assert task.weights(Loss(jaccard=2.0), 2) == {"jaccard": 2.0}
+    assert set(task.default_loss(5)) == {"cross_entropy", "dice"}

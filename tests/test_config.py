@@ -1,0 +1,132 @@
+"""The experiment tree: overrides, origins, and one clear line for each mistake."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scalecv import config
+from scalecv.errors import ConfigError
+
+GOOD = {"name": "a", "task": "classify", "data": {"uri": "d"}, "model": {"arch": "resnet18"}}
+ROOT = Path(__file__).parents[1]
+
+
+def changed(**dotted):
+    return config.build(config.with_overrides(GOOD, {k.replace("__", "."): v for k, v in dotted.items()}), "e.yaml")
+
+
+def test_defaults_and_overrides():
+    assert changed().train.epochs == 10
+    assert changed(train__lr="3e-4").train.lr == 3e-4
+    assert config.parse_overrides(["train.lr=3e-4", "data.bands=[1,2]", "data.get="]) == {
+        "train.lr": "3e-4",
+        "data.bands": [1, 2],
+        "data.get": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ({"train.batchs": 3}, ["unknown key 'train.batchs'", "did you mean 'train.batch'"]),
+        ({"train.weights": 3}, ["unknown key 'train.weights'"]),
+        ({"lr": 3}, ["unknown key 'lr'", "train.lr"]),
+        ({"task": "clasify"}, ["task='clasify'", "'classify' or 'segment'"]),
+        ({"train.batch": "many"}, ["train.batch='many'", "integer"]),
+        ({"train.batch": 7, "scale.workers": 2}, ["train.batch=7", "scale.workers=2", "6 or 8"]),
+        ({"train.batch": 64, "train.micro_batch": 5}, ["train.micro_batch=5", "64 images"]),
+        ({"train.lr": 0}, ["train.lr=0", "greater than 0"]),
+        ({"train.lr": float("nan")}, ["train.lr", "finite"]),
+        ({"name": "a/b"}, ["name='a/b'"]),
+        ({"data.bands": [0, 1]}, ["data.bands", "counted from 1"]),
+        ({"data.augment.resized_crop": [0.5, 1.0]}, ["data.augment.resized_crop needs data.size_px"]),
+        ({"data.augment.hflip": 2}, ["data.augment.hflip=2"]),
+        ({"loss.dise": 1}, ["unknown key 'loss.dise'", "loss.dice"]),
+    ],
+)
+def test_a_mistake_is_named_with_its_key(override, words):
+    with pytest.raises(ConfigError) as said:
+        config.build(config.with_overrides(GOOD, override), "e.yaml")
+    assert all(word in str(said.value) for word in ["e.yaml", *words]), said.value
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("a: [1, 2", "not valid YAML"),
+        ("- 1", "expected keys"),
+        ("a: 1\na: 2", "stands twice"),
+        ("a: &x 1\nb: *x", "aliases"),
+        ("", "expected keys"),
+        ("x" * (2 << 20), "at most"),
+        ("a: !!python/object/apply:os.system ['true']", "not valid YAML"),
+    ],
+)
+def test_hostile_yaml_is_refused(tmp_path, text, word):
+    file = tmp_path / "e.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=word):
+        config.load(file)
+
+
+def test_missing_file_names_the_nearest(tmp_path):
+    (tmp_path / "gtsrb.yaml").write_text("a: 1")
+    with pytest.raises(ConfigError, match=r"did you mean 'gtsrb.yaml'"):
+        config.load(tmp_path / "gtrsb.yaml")
+
+
+def test_missing_keys_are_listed_at_once():
+    with pytest.raises(ConfigError) as said:
+        config.build({"name": "a"}, "e.yaml")
+    assert str(said.value).count("is missing") == 3
+
+
+def test_override_through_a_value_is_refused():
+    with pytest.raises(ConfigError, match="'name' is a value"):
+        config.with_overrides(GOOD, {"name.x": 1})
+    with pytest.raises(ConfigError, match="not key=value"):
+        config.parse_overrides(["train.lr"])
+
+
+def test_origins(tmp_path):
+    file = tmp_path / "e.yaml"
+    file.write_text(json.dumps(GOOD))
+    found = {key: (value, origin) for key, value, origin in config.origins(file, {"train.lr": 0.5})}
+    assert found["train.lr"] == (0.5, "command line")
+    assert found["model.arch"] == ("resnet18", str(file))
+    assert found["train.batch"] == (64, "default")
+
+
+def test_identity_ignores_where_and_how_long():
+    same = changed(train__epochs=99, scale__workers=2, track__storage="s3://b/x", data__uri="s3://b/d")
+    assert same.identity() == changed().identity()
+    assert changed(train__lr=0.5).identity() != changed().identity()
+    assert changed(seed=1).identity() != changed().identity()
+
+
+def test_round_trip():
+    experiment = changed(train__clip_norm=1.5, data__bands=[3, 1], loss__dice=0.25)
+    assert config.build(config.parse_yaml(config.dump(experiment), "x"), "x") == experiment
+
+
+@given(st.dictionaries(st.text(min_size=1), st.one_of(st.none(), st.integers(), st.text(), st.floats(), st.booleans())))
+def test_any_mapping_is_accepted_or_refused_in_words(tree):
+    try:
+        config.build(tree, "e.yaml")
+    except ConfigError as error:
+        assert "e.yaml" in str(error)
+
+
+def test_shipped_schema_is_current():
+    """`scalecv schema > experiments/schema.json` was run after the last change of a key."""
+    assert json.loads((ROOT / "experiments/schema.json").read_text()) == config.json_schema()
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "experiments").glob("*.yaml")), ids=lambda p: p.name)
+def test_shipped_experiments_are_valid(file):
+    experiment = config.load(file)
+    assert experiment.question
+    assert experiment.data.get

@@ -1,0 +1,64 @@
+"""Learning rate against torch's own schedules; decisions that follow the metric."""
+
+import math
+
+import pytest
+import torch
+
+from scalecv.config import Train
+from scalecv.train.optim import Progress, build_optimizer, learning_rate
+
+
+def test_cosine_with_warm_up_equals_torch():
+    train = Train(epochs=5, lr=0.1, schedule="cosine", warmup_epochs=0)
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    reference = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=50)
+    for update in range(50):
+        assert math.isclose(learning_rate(train, update, 10), reference.get_last_lr()[0], rel_tol=1e-6, abs_tol=1e-9)
+        optimizer.step()
+        reference.step()
+
+
+def test_warm_up_is_linear_and_reaches_the_rate():
+    train = Train(epochs=5, lr=0.1, schedule="constant", warmup_epochs=2)
+    rates = [learning_rate(train, update, 10) for update in range(25)]
+    assert rates[:3] == pytest.approx([0.005, 0.01, 0.015])
+    assert rates[19:] == pytest.approx([0.1] * 6)
+
+
+def test_plateau_equals_torch():
+    train = Train(lr=1.0, schedule="plateau", plateau_patience=2, plateau_factor=0.5, early_stop_min_delta=0)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    reference = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        optimizer, mode="max", patience=2, factor=0.5, threshold=0, threshold_mode="abs"
+    )
+    progress = Progress()
+    for epoch, value in enumerate([0.1, 0.2, 0.2, 0.2, 0.2, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3]):
+        progress = progress.after(value, epoch, train, larger_is_better=True)
+        reference.step(value)
+        assert progress.plateau_scale == optimizer.param_groups[0]["lr"]
+
+
+def test_early_stopping_stops_at_the_exact_epoch():
+    train = Train(early_stop_patience=3, early_stop_min_delta=0.01)
+    progress, stopped = Progress(), None
+    for epoch, value in enumerate([0.5, 0.6, 0.605, 0.6, 0.7, 0.7, 0.7, 0.7, 0.9]):
+        progress = progress.after(value, epoch, train, larger_is_better=True)
+        if progress.stops(train):
+            stopped = epoch
+            break
+    assert (stopped, progress.best, progress.best_epoch) == (7, 0.7, 4)
+
+
+def test_smaller_is_better_for_losses():
+    progress = Progress().after(1.0, 0, Train(), larger_is_better=False).after(0.5, 1, Train(), larger_is_better=False)
+    assert progress.best == 0.5
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+def test_vectors_do_not_decay(name):
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    optimizer = build_optimizer(model, Train(optimizer=name, weight_decay=0.1))
+    assert [len(g["params"]) for g in optimizer.param_groups] == [1, 3]
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0.0]
