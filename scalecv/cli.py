@@ -36,10 +36,10 @@ def main() -> None:
     """Entry point: run a verb, turn errors of ours into one message and an exit code."""
     if "--json" in sys.argv:
         _keep_stdout_for_json()
+    code = 0
     try:
-        app(standalone_mode=False)
-    except typer.Exit as exit_:
-        code = exit_.exit_code
+        returned = app(standalone_mode=False)  # a typer.Exit comes back as its code
+        code = returned if isinstance(returned, int) else 0
     except typer.Abort:
         code = 75
     except ScalecvError as error:
@@ -53,14 +53,7 @@ def main() -> None:
             code = _fail(f"{error.format_message()}. See scalecv --help", 2)
         else:
             raise
-    else:
-        code = 0
     sys.stderr.flush()
-    _flush(code)
-
-
-def _flush(code: int) -> None:
-    """Leave with a code; what hangs in a library's exit handlers must not hold up the user."""
     sys.stdout.flush()
     sys.exit(code)
 
@@ -375,6 +368,25 @@ def doctor(
 
 
 @app.command()
+def sync(
+    folder: Annotated[str, typer.Argument(help="Where runs lie (track.storage).")] = "runs",
+    uri: Annotated[str | None, typer.Option(help="MLflow store; the one of each run by default.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Send what waits in the spools of runs to MLflow."""
+    from scalecv.artifacts.tracking import sync as run
+    from scalecv.train.runs import cache_folder
+
+    done, waiting = (a + b for a, b in zip(run(folder, uri=uri), run(cache_folder(), uri=uri), strict=True))
+    if as_json:
+        _print_json({"sent": done, "waiting": waiting})
+    else:
+        sys.stderr.write(f"{done} runs are recorded, {waiting} still wait for MLflow\n")
+    if waiting:
+        raise typer.Exit(1)
+
+
+@app.command()
 def ui(
     uri: Annotated[
         str | None, typer.Option(help="MLflow store; MLFLOW_TRACKING_URI or ./mlruns.db by default.")
@@ -403,4 +415,6 @@ def submit(
     """Run the same command as a job of a Ray cluster."""
     from scalecv.submit import submit as run
 
-    raise typer.Exit(run([verb, *context.args], address, follow=follow, env=env or [], insecure=insecure))
+    raise typer.Exit(
+        run([verb, *context.args], address, follow=follow, env=env or [], insecure=insecure, out=_json_out)
+    )

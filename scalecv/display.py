@@ -62,9 +62,8 @@ class IngestDisplay(Display):
         bar = "█" * round(20 * share) + "░" * (20 - round(20 * share))
         left = "" if progress.left_s is None else f"  left {duration(progress.left_s)}"
         aside = f"  {progress.quarantined} set aside" if progress.quarantined else ""
-        self.moving(
-            f"{progress.phase}  {bar}  {progress.rows:,}/{progress.total:,}  {progress.images_per_s:,.0f} images/s{left}{aside}"
-        )
+        speed = f"{progress.images_per_s:,.0f} images/s"
+        self.moving(f"{progress.phase}  {bar}  {progress.rows:,}/{progress.total:,}  {speed}{left}{aside}")
 
 
 def _step(event: dict[str, Any]) -> str:
@@ -72,7 +71,8 @@ def _step(event: dict[str, Any]) -> str:
     speed, share = told["system/images_per_s"], told["system/data_wait_share"]
     return (
         f"epoch {event['epoch']}/{event['epochs']}  step {event['step']}/{event['steps']}  "
-        f"loss {told['train/batch_loss']:.4f}  {speed:,.0f} images/s  data wait {share:.0%}  left {duration(event['left_s'])}"
+        f"loss {told['train/batch_loss']:.4f}  {speed:,.0f} images/s  data wait {share:.0%}  "
+        f"left {duration(event['left_s'])}"
     )
 
 

@@ -8,7 +8,6 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -81,10 +80,11 @@ def _profile(source: Any) -> Profile:
 @contextlib.contextmanager
 def _open(data: bytes) -> Iterator[Any]:
     import rasterio
-    from rasterio.errors import RasterioError
+    from rasterio.errors import NotGeoreferencedWarning, RasterioError
     from rasterio.io import MemoryFile
 
-    _ignore_missing_georeference()
+    # Not warnings.catch_warnings: it is not safe in the threads that decode.
+    warnings.simplefilter("ignore", NotGeoreferencedWarning)
     try:
         with rasterio.Env(**_ENV), MemoryFile(data) as file, file.open(driver="GTiff", sharing=False) as source:
             yield source
@@ -92,11 +92,3 @@ def _open(data: bytes) -> Iterator[Any]:
         if isinstance(error, RasterError):
             raise
         raise RasterError(str(error.__cause__ or error).strip() or type(error).__name__) from None
-
-
-@lru_cache(maxsize=1)
-def _ignore_missing_georeference() -> None:
-    """Once per process: warnings.catch_warnings is not safe in the threads that decode."""
-    from rasterio.errors import NotGeoreferencedWarning
-
-    warnings.simplefilter("ignore", NotGeoreferencedWarning)

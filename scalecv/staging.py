@@ -93,7 +93,7 @@ def _experiment_file(word: str, folder: Path) -> Path:
     for package in source.resolve().parent.glob("*/__init__.py"):
         only_code = lambda at, names: [n for n in names if not (n.endswith(".py") or os.path.isdir(f"{at}/{n}"))]  # noqa: E731
         if not package.parent.is_symlink():
-            shutil.copytree(package.parent, folder / package.parent.name, ignore=only_code)
+            shutil.copytree(package.parent, folder / package.parent.name, ignore=only_code, dirs_exist_ok=True)
     return folder / source.resolve().name
 
 

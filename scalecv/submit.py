@@ -13,7 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 from urllib.parse import urlsplit
 
 from scalecv import runtime, staging
@@ -26,9 +26,15 @@ INTERRUPTED = 75
 
 
 def submit(
-    argv: list[str], address: str | None = None, *, follow: bool = True, env: Iterable[str] = (), insecure: bool = False
+    argv: list[str],
+    address: str | None = None,
+    *,
+    follow: bool = True,
+    env: Iterable[str] = (),
+    insecure: bool = False,
+    out: TextIO | None = None,
 ) -> int:
-    """Run `scalecv ARGV` on a cluster; lines go to stderr, the JSON object of `--json` to stdout.
+    """Run `scalecv ARGV` on a cluster; lines go to stderr, the JSON object of `--json` to `out`.
 
     Args:
         argv: verb and arguments.
@@ -36,6 +42,7 @@ def submit(
         follow: stream the lines and wait for the end; else return when the job is accepted.
         env: names of further variables to hand on; those who have the token can read them.
         insecure: accept a cluster elsewhere without token authentication.
+        out: where the JSON object goes; None takes stdout.
     Returns: the exit code of the command, 75 where it was stopped, 0 without `follow`.
     Raises: UserError: nothing was sent, and why. ScalecvError: the cluster went away.
     """
@@ -65,7 +72,7 @@ def submit(
     if not follow:
         _say(_how_to(job, server))
         return 0
-    return _follow(client, job, server, wants_json="--json" in argv)
+    return _follow(client, job, server, out or sys.stdout, wants_json="--json" in argv)
 
 
 def _server(address: str | None) -> str:
@@ -135,10 +142,16 @@ def _is_this_machine(server: str, token: str | None) -> bool:
     """Whether all nodes are this machine; a loopback address may also be a tunnel to elsewhere."""
     if urlsplit(server).hostname not in staging.LOOPBACK:
         return False
-    _, answer = _get(server, "/nodes?view=summary", token)
-    nodes = ((answer or {}).get("data") or {}).get("summary") or []
-    addresses = [str(node.get("ip", "")) for node in nodes]
-    return bool(addresses) and all(staging.is_own_ip(ip) for ip in addresses)
+    ends = time.monotonic() + ANSWER_S
+    while True:
+        _, answer = _get(server, "/nodes?view=summary", token)
+        nodes = ((answer or {}).get("data") or {}).get("summary") or []
+        addresses = [node.get("ip") for node in nodes]
+        if addresses and all(addresses):
+            return all(staging.is_own_ip(ip) for ip in addresses)
+        if time.monotonic() > ends:  # a cluster that has just started does not know its nodes yet
+            return False
+        time.sleep(0.5)
 
 
 def _entrypoint(argv: tuple[str, ...], same_machine: bool) -> str:
@@ -157,7 +170,7 @@ def _client(server: str, token: str | None) -> Any:
     return client
 
 
-def _follow(client: Any, job: str, server: str, wants_json: bool) -> int:
+def _follow(client: Any, job: str, server: str, out: TextIO, *, wants_json: bool) -> int:
     """Stream the lines until the job ends; the first Ctrl-C tells how to leave, the second leaves."""
     lines = _Lines(wants_json)
     asked = False
@@ -171,7 +184,10 @@ def _follow(client: Any, job: str, server: str, wants_json: bool) -> int:
                 return INTERRUPTED
             asked = True
             _say(f"the job goes on; Ctrl-C once more leaves it running. {_how_to(job, server)}")
-    return _ended(info, lines)
+    if lines.result is not None:
+        out.write(lines.result + "\n")
+        out.flush()
+    return _exit_code(info)
 
 
 def _until_end(client: Any, job: str, lines: "_Lines") -> Any:
@@ -229,10 +245,7 @@ def _is_object(line: str) -> bool:
         return False
 
 
-def _ended(info: Any, lines: _Lines) -> int:
-    if lines.result is not None:
-        sys.stdout.write(lines.result + "\n")
-        sys.stdout.flush()
+def _exit_code(info: Any) -> int:
     if info.status == "SUCCEEDED":
         return 0
     if info.status == "STOPPED":

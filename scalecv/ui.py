@@ -15,7 +15,7 @@ from scalecv.artifacts import mlflow_client
 from scalecv.errors import UserError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-START_S = 120.0
+START_S = 180.0
 
 
 def serve_ui(uri: str | None = None, host: str = "127.0.0.1", port: int = 5000, *, insecure: bool = False) -> int:
@@ -57,7 +57,6 @@ def _check_free(host: str, port: int) -> None:
 
 
 def _serve(store: str, host: str, port: int) -> int:
-    mlflow_client.client(store)  # one process makes or checks the tables, not each of the server's
     environment = {
         **os.environ,
         "MLFLOW_BACKEND_STORE_URI": store,  # not on the command line, where `ps` shows a password

@@ -1,3 +1,5 @@
+import warnings
+
 import numpy as np
 import pytest
 import rasterio
@@ -7,10 +9,10 @@ from scalecv import raster
 
 def tiff(pixels_HWC: np.ndarray, **profile) -> bytes:
     height, width, bands = pixels_HWC.shape
-    with rasterio.MemoryFile() as file:
-        with file.open(
-            driver="GTiff", width=width, height=height, count=bands, dtype=pixels_HWC.dtype, **profile
-        ) as target:
+    shape = {"width": width, "height": height, "count": bands, "dtype": pixels_HWC.dtype}
+    with rasterio.MemoryFile() as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+        with file.open(driver="GTiff", **shape, **profile) as target:
             target.write(np.moveaxis(pixels_HWC, -1, 0))
         return bytes(file.read())
 
@@ -25,7 +27,9 @@ def test_any_dtype_and_number_of_bands_come_back(dtype, bands):
 
 
 def test_profile_tells_place_and_nodata_without_reading_pixels():
-    data = tiff(np.zeros((4, 6, 2), np.int16), nodata=-9999, crs="EPSG:3826", transform=rasterio.Affine(2, 0, 5, 0, -2, 9))
+    data = tiff(
+        np.zeros((4, 6, 2), np.int16), nodata=-9999, crs="EPSG:3826", transform=rasterio.Affine(2, 0, 5, 0, -2, 9)
+    )
     found = raster.profile(data)
     assert (found.width, found.height, found.bands, found.dtype, found.nodata) == (6, 4, 2, "int16", -9999.0)
     assert found.crs == "EPSG:3826" and found.transform == (2, 0, 5, 0, -2, 9)

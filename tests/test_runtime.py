@@ -43,7 +43,7 @@ def test_a_dead_address_is_told_at_once():
     began = time.monotonic()
     code, out, _ = drive(TRY, RAY_ADDRESS=f"127.0.0.1:{free_port()}")
     assert code == 2 and "no Ray cluster answers at RAY_ADDRESS" in out and "unset RAY_ADDRESS" in out
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 40
 
 
 def test_the_token_is_found_where_ray_looks(tmp_path, monkeypatch):

@@ -203,7 +203,7 @@ def _model(run: Run, event: Event) -> None:
     if any(model.status == "READY" for model in known):
         return
     with _local_folder(event["uri"]) as folder:
-        # An experiment of its own choice is where `log_model` would put it; one left half-way is filled again.
+        # `log_model` alone would put it into the default experiment; one that was left half-way is filled again.
         model = (
             known[0]
             if known

@@ -1,7 +1,7 @@
 """The local, append-only file that carries everything a run tells, one JSON object per line.
 
 The training writes, a `tracking.Sender` passes on, and the live display reads along. Nobody waits for
-anybody: an append is one `write` to a local file (about 40 µs). Each event has a "kind":
+anybody: an append is one `write` to a local file (about 25 µs). Each event has a "kind":
 
     params, tags        {"params": {dotted key: value}} · {"tags": {name: text}}
     metrics             {"step": 20, "time_ms": …, "metrics": {"train/loss": 0.7}}

@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import threading
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from scalecv.artifacts.mlflow_client import probe as probe
 from scalecv.artifacts.mlflow_client import tracking_uri as tracking_uri
 from scalecv.artifacts.provenance import run_facts as run_facts
 from scalecv.artifacts.provenance import working_diff as working_diff
+from scalecv.artifacts.sent import Sent, waiting_in
 
 log = logging.getLogger("scalecv.tracking")
 
@@ -66,7 +66,7 @@ class Sender:
         self.uri = uri
         self._about = {"experiment": experiment, "run_name": run_name, "run_key": run_key}
         self._tags = dict(tags or {})
-        self._state = _State(self.state_path, storage.without_secrets(uri), run_key)
+        self._state = Sent(self.state_path, storage.without_secrets(uri), run_key)
         self._run: mlflow_run.Run | None = None
         self._reopened = False
         self._known = threading.Event()
@@ -104,7 +104,7 @@ class Sender:
 
     def waiting(self) -> str:
         """One line for the user: how much waits, where, why, and what sends it."""
-        points, others = _waiting(self.spool_path, self._state.offset)
+        points, others = waiting_in(self.spool_path, self._state.offset)
         others += len(self._state.deferred)
         return (
             f"{points} points and {others} other entries wait in {self.spool_path} for MLflow at "
@@ -264,83 +264,6 @@ class Sender:
             self._lock = None
 
 
-class _State:
-    """What MLflow has acknowledged of one spool; kept in a file, replaced whole."""
-
-    def __init__(self, path: str, uri: str, run_key: str) -> None:
-        self.path = path
-        self.uri = uri
-        self.run_key = run_key
-        self.run_id: str | None = None
-        self.forget()
-        self._tried = 0.0
-        self.load()
-
-    def forget(self) -> None:
-        """Start from the beginning of the spool, for a run that knows nothing yet."""
-        self.run_id = None
-        self.offset = 0
-        self.marks: dict[str, tuple[int, float]] = {}
-        self.pictures: dict[str, int] = {}
-        self.deferred: list[spool.Event] = []
-
-    def load(self) -> None:
-        """Take what an earlier process left for the same server and run; damaged or foreign files count as none."""
-        try:
-            kept = json.loads(Path(self.path).read_text(encoding="utf-8"))
-            if kept["uri"] != self.uri or kept["run_key"] != self.run_key or not kept["run_id"]:
-                return
-            self.run_id, self.offset, self.deferred = kept["run_id"], kept["offset"], kept["deferred"]
-            self.marks = {key: (step, value) for key, (step, value) in kept["marks"].items()}
-            self.pictures = kept["pictures"]
-        except (OSError, ValueError, KeyError, TypeError):
-            self.forget()
-
-    def save(self, about: Mapping[str, Any]) -> None:
-        """Write the state, whole or not at all."""
-        kept = {
-            **about,
-            "run_id": self.run_id,
-            "offset": self.offset,
-            "marks": self.marks,
-            "pictures": self.pictures,
-            "deferred": self.deferred,
-        }
-        os.makedirs(os.path.dirname(self.path), exist_ok=True)
-        part = f"{self.path}.{os.getpid()}.part"
-        with open(part, "w", encoding="utf-8") as file:
-            json.dump(kept, file)
-        os.replace(part, self.path)
-
-    def fresh(self, event: spool.Event) -> list[mlflow_run.Point]:
-        """Points of a metrics event, without those that a restarted training repeats; remembers them."""
-        step, time_ms = int(event.get("step", 0)), int(event["time_ms"])
-        points = []
-        for name, value in event.get("metrics", {}).items():
-            if isinstance(value, bool | int | float):
-                key = mlflow_run.metric_key(name)
-                before = self.marks.get(key)
-                if before is None or step > before[0] or (step == before[0] and float(value) != before[1]):
-                    points.append(mlflow_run.Point(key, step, float(value), time_ms))
-                    self.marks[key] = (step, float(value))
-        return points
-
-    def first_picture(self, event: spool.Event) -> bool:
-        """Whether no picture of this key and step came before; remembers it."""
-        key, step = str(event.get("key")), int(event.get("step", 0))
-        if self.pictures.get(key, -1) >= step:
-            return False
-        self.pictures[key] = step
-        return True
-
-    def is_time(self, now: bool) -> bool:
-        """Whether to try deferred files again: each half minute, or now."""
-        if now or time.monotonic() - self._tried > LONGEST_PAUSE_S:
-            self._tried = time.monotonic()
-            return True
-        return False
-
-
 def sync(folder: str | Path, timeout_s: float = 60.0, uri: str | None = None) -> tuple[int, int]:
     """Send what waits below a folder; the number of spools that are sent now, and of those that still wait.
 
@@ -353,7 +276,7 @@ def sync(folder: str | Path, timeout_s: float = 60.0, uri: str | None = None) ->
     for path in sorted(Path(folder).rglob(f"*{STATE_SUFFIX}")):
         try:
             kept = json.loads(path.read_text(encoding="utf-8"))
-            points, others = _waiting(kept["spool"], kept["offset"])
+            points, others = waiting_in(kept["spool"], kept["offset"])
             if not points + others + len(kept["deferred"]):
                 continue
             known = tracking_uri(uri)
@@ -382,17 +305,3 @@ def _log_or_halve(run: mlflow_run.Run, points: list[mlflow_run.Point]) -> None:
         half = len(points) // 2
         _log_or_halve(run, points[:half])
         _log_or_halve(run, points[half:])
-
-
-def _waiting(path: str, offset: int) -> tuple[int, int]:
-    """Points and other entries in a spool behind an offset."""
-    points = others = 0
-    while True:
-        events, offset = spool.read(path, offset)
-        if not events:
-            return points, others
-        for event in events:
-            if event.get("kind") == "metrics":
-                points += len(event.get("metrics", {}))
-            elif event.get("kind") != "progress":
-                others += 1

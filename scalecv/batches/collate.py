@@ -97,7 +97,7 @@ class Row:
 def fill(
     rows: list[Row], how: Pixels, seeds: tuple[int, int] | None, pool: ThreadPoolExecutor, parts: int
 ) -> "Filling":
-    """Start decoding a batch on `pool`; `Filling.wait` gives the pixels. `seeds`: (seed, epoch), None does not augment."""
+    """Start decoding a batch on `pool`; `Filling.wait` gives it. `seeds`: (seed, epoch), None does not augment."""
     numbers = {name: place for place, name in enumerate(how.classes)}
     images: list[Any] = [None] * len(rows)
     masks: list[Any] = [None] * len(rows)

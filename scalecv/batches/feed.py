@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,8 @@ BATCHES_AHEAD = 3
 
 Groups = list[tuple[Shard, int]]
 """Row groups of a split: shard and number in it, in the order of the manifest."""
+Schedule = Iterator[tuple[int, list[int], list[int]]]
+"""(step, row groups to fetch before it, row groups to drop after it)."""
 Reader = Callable[[Dataset, Groups, Iterator[int]], Iterator[Any]]
 """(dataset, row groups, numbers to read) -> Arrow tables in that order."""
 
@@ -52,6 +54,8 @@ class Feed:
     window_mb: int = 256
     threads: int = 1
     reader: str = "threads"
+    _kept: dict[int, Any] = field(default_factory=dict, compare=False, repr=False)
+    """Row groups of a split that fits into the window: read in the first epoch, held for all others."""
 
     def groups(self) -> Groups:
         """The row groups of the split."""
@@ -68,6 +72,11 @@ class Feed:
             shuffle=self.is_training,
             window_rows=max(self.batch, (self.window_mb << 20) // row_bytes),
         )
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the encoded split fits into the window, so that later epochs read nothing."""
+        return sum(end - first for s, g in self.groups() for first, end in [s.byte_ranges[g]]) <= self.window_mb << 20
 
     def epoch(self, epoch: int, start: int = 0) -> "Epoch":
         """The batches of one epoch from a step on; reading starts at once, in the background."""
@@ -113,9 +122,11 @@ class Epoch:
 
     def _produce(self) -> None:
         feed, groups = self._feed, self._feed.groups()
-        schedule, ahead = _tee(self.plan.reads(self._start, feed.rank, feed.ranks))
+        held: dict[int, Any] = feed._kept if feed.keeps else {}
+        schedule, ahead = _tee(
+            _without(self.plan.reads(self._start, feed.rank, feed.ranks), held if feed.keeps else None)
+        )
         tables = READERS[feed.reader](feed.dataset, groups, ahead)
-        held: dict[int, Any] = {}
         try:
             with ThreadPoolExecutor(feed.threads, thread_name_prefix="decode") as pool:
                 for step, fetch, drop in schedule:
@@ -174,9 +185,19 @@ class _Columns:
         )
 
 
-def _tee(
-    reads: Iterator[tuple[int, list[int], list[int]]],
-) -> tuple[Iterator[tuple[int, list[int], list[int]]], Iterator[int]]:
+def _without(reads: Schedule, kept: dict[int, Any] | None) -> Schedule:
+    """The schedule without what is kept: nothing kept is fetched, and nothing is dropped where all is kept."""
+    if kept is None:
+        yield from reads
+        return
+    known = set(kept)
+    for step, fetch, _ in reads:
+        new = [group for group in fetch if group not in known]
+        known.update(new)
+        yield step, new, []
+
+
+def _tee(reads: Schedule) -> tuple[Schedule, Iterator[int]]:
     """The schedule, and the numbers of the row groups it fetches, each at its own pace."""
     import itertools
 

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from scalecv import storage
-from scalecv.errors import DataError, StorageDenied, StorageError
+from scalecv.errors import StorageDenied, StorageError
 from scalecv.shards import manifest as manifests
 from scalecv.shards.manifest import Manifest, Shard
 from scalecv.shards.store import FACTS
+from scalecv.shards.unit import overtaken
 from scalecv.shards.write import arrow_schema
 
 if TYPE_CHECKING:
@@ -44,10 +45,6 @@ def commit(uri: str, manifest: Manifest, new: Sequence[Shard], after: int | None
     properties = CommitProperties({f"scalecv.{k}": v for k, v in facts.items()}, max_commit_retries=0)
     hooks = PostCommitHookProperties(create_checkpoint=False, cleanup_expired_logs=False)
     options = storage.delta_options(uri)
-    taken = DataError(
-        f"{storage.without_secrets(uri)}: someone else committed a version while this ingest ran, nothing was changed: "
-        "look at it, then run again with --append"
-    )
     try:
         if after is None:
             create_table_with_add_actions(
@@ -64,7 +61,7 @@ def commit(uri: str, manifest: Manifest, new: Sequence[Shard], after: int | None
         else:
             table = DeltaTable(uri, storage_options=options)
             if table.version() != after:
-                raise taken
+                raise overtaken(uri)
             table.create_write_transaction(
                 [*adds],
                 mode="append",
@@ -74,10 +71,10 @@ def commit(uri: str, manifest: Manifest, new: Sequence[Shard], after: int | None
                 post_commithook_properties=hooks,
             )
     except CommitFailedError:
-        raise taken from None
+        raise overtaken(uri) from None
     except DeltaError as error:
         if "already exist" in str(error) or "conflict" in str(error).lower():
-            raise taken from None
+            raise overtaken(uri) from None
         raise StorageError(f"{storage.without_secrets(uri)}: the commit failed: {error}") from None
     except OSError as error:
         raise StorageDenied(f"{storage.without_secrets(uri)}: the commit was refused: {error}") from None

@@ -47,11 +47,8 @@ def _in_ray(items: list[dict[str, Any]], target: str, concurrency: int | None) -
     import ray
     import ray.data
 
-    context = ray.data.DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
     places = {name: os.environ[name] for name in _PLACES if name in os.environ}
-    with _quiet(), ray.data.DataContext.current(context), warnings.catch_warnings():
+    with _quiet(ray.data.DataContext.get_current()), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # max_retries has no other way into Ray Data 2.60
         done = ray.data.from_items(items, override_num_blocks=len(items)).map(
             run_remote,
@@ -70,15 +67,17 @@ def _in_ray(items: list[dict[str, Any]], target: str, concurrency: int | None) -
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Ray Data's own lines off: progress is told by us."""
+def _quiet(context: Any) -> Iterator[None]:
+    """Ray Data's own lines and bars off: progress is told by us."""
     logger = logging.getLogger("ray.data")
-    level = logger.level
+    before = logger.level, context.enable_progress_bars, context.print_on_execution_start
     logger.setLevel(logging.ERROR)
+    context.enable_progress_bars = context.print_on_execution_start = False
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.setLevel(before[0])
+        context.enable_progress_bars, context.print_on_execution_start = before[1:]
 
 
 def _said(error: Exception) -> str:

@@ -21,7 +21,7 @@ from scalecv.shards.options import IngestOptions
 from scalecv.shards.plan import UnitSettings
 from scalecv.shards.record import Aside, BandSums, Record, Totals
 from scalecv.shards.store import FACTS
-from scalecv.shards.unit import record_uri
+from scalecv.shards.unit import overtaken, record_uri
 
 _COLUMNS = ("uri", "path", "stage", "reason", "detail", "size_bytes", "sha256")
 
@@ -65,19 +65,30 @@ def add_up(work: Work, options: IngestOptions, said: Sequence[str]) -> Manifest:
     return _manifest(work, options, totals, quarantine, notes, said)
 
 
-def check_budget(reasons: Counter[str], examples: dict[str, list[str]], good: int, max_bad: float) -> None:
+def check_budget(
+    reasons: Counter[str], examples: dict[str, list[str]], good: int, max_bad: float, unseen: int = 0
+) -> None:
     """See that few enough images are bad.
+
+    Args:
+        reasons: reason -> bad images.
+        examples: reason -> some of their paths.
+        good: good images.
+        max_bad: largest share of bad ones.
+        unseen: images that were not looked at yet; they count as good.
 
     Raises: DataError: more than `max_bad` of them are, or all; with the reasons.
     """
     bad = reasons.total()
-    if not bad or (good and bad <= max_bad * (good + bad)):
+    total = good + bad + unseen
+    if not bad or (total > bad and bad <= max_bad * total):
         return
     lines = [
         f"  {count} {reason}" + (f", such as {', '.join(examples[reason])}" if examples.get(reason) else "")
         for reason, count in reasons.most_common()
     ]
-    share = f"{bad} of {good + bad} images cannot be used, at most {max_bad:.0%} may be set aside"
+    first = f"the first {good + bad} of " if unseen else ""
+    share = f"{bad} of {first}{total} images cannot be used, at most {max_bad:.0%} may be set aside"
     raise DataError("\n".join([f"{share}; nothing was committed:", *lines, "repair them, or raise --max-bad"]))
 
 
@@ -193,15 +204,24 @@ def _records(work: Work) -> Iterator[Record]:
         try:
             return Record.decode(storage.get(where), where)
         except FileNotFoundError:
-            raise DataError(
-                f"{storage.without_secrets(work.uri)}: another ingest finished there meanwhile; nothing was changed: "
-                "look at it, then run again with --append"
-            ) from None
+            raise overtaken(work.uri) from None
 
     names = iter(work.units)
     with ThreadPoolExecutor(8) as pool:
         while batch := list(islice(names, 32)):
             yield from pool.map(read, batch)
+
+
+def aside_rows(uri: str, facts: Quarantine) -> Iterator[list[dict[str, Any]]]:
+    """What a version set aside, or noted, some rows at a time."""
+    if facts.path is None:
+        return
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    data = storage.get(storage.join(uri, facts.path), sha256=facts.sha256)
+    for batch in pq.ParquetFile(pa.BufferReader(data)).iter_batches():
+        yield batch.to_pylist()
 
 
 class _Asides:
@@ -224,16 +244,10 @@ class _Asides:
 
     def copy(self, uri: str, facts: Quarantine, work: Work) -> None:
         """Take over what an earlier version set aside, but for what this ingest tries again."""
-        if facts.path is None:
-            return
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        data = storage.get(storage.join(uri, facts.path), sha256=facts.sha256)
-        above = storage.join(storage.without_secrets(work.settings.source), "")
-        for batch in pq.ParquetFile(pa.BufferReader(data)).iter_batches():
-            rows = batch.to_pylist()
-            self._write([r for r in rows if not (r["uri"] == above + r["path"] and work.is_retried(r["path"]))])
+        for rows in aside_rows(uri, facts):
+            source = storage.without_secrets(work.settings.source)
+            again = [r["uri"] == storage.join(source, r["path"]) and work.is_retried(r["path"]) for r in rows]
+            self._write([row for row, is_again in zip(rows, again, strict=True) if not is_again])
 
     def put(self, uri: str) -> Quarantine:
         """Write the file below the dataset, if it holds anything."""

@@ -12,7 +12,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from scalecv import storage
 from scalecv.errors import ConfigError, DataError, nearest
@@ -20,7 +20,7 @@ from scalecv.shards import plan as plans
 from scalecv.shards import store
 from scalecv.shards.commit import commit
 from scalecv.shards.dispatch import run_units
-from scalecv.shards.facts import Work, add_up, check_budget
+from scalecv.shards.facts import Work, add_up, aside_rows, check_budget
 from scalecv.shards.options import IngestOptions, IngestResult, Progress
 from scalecv.shards.plan import Collected, UnitSettings
 from scalecv.shards.record import Record
@@ -57,6 +57,8 @@ def ingest(options: IngestOptions, progress: Callable[[Progress], None] = lambda
     if options.append and parent is not None:
         held = plans.drop(collected, _held_paths(parent))
         said += [f"{held} images are in the dataset already, by their path"] if held else []
+        bad = plans.drop_bad(collected, settings.source, _set_aside(parent))
+        said += [f"{bad} images were set aside before and have not changed"] if bad else []
         if not plans.totals(collected)[0]:
             return _result(parent, clock, (*said, "nothing new: no version was made"), new_rows=0)
     said += plans.assign_splits(collected, shares, options.split is not None)
@@ -120,6 +122,7 @@ class _Clock:
         self._progress = progress
         self._began = time.monotonic()
         self._work_began = self._began
+        self._recent: deque[tuple[float, int]] = deque(maxlen=32)
         self.worked = 0
 
     @property
@@ -128,7 +131,14 @@ class _Clock:
 
     @property
     def images_per_s(self) -> float:
+        """Since the work began, with the start of Ray."""
         return self.worked / max(time.monotonic() - self._work_began, 1e-9)
+
+    def _rate(self) -> float:
+        """Over the last units, so that neither a slow start nor another pace misleads."""
+        self._recent.append((time.monotonic(), self.worked))
+        (since, before), (now, worked) = self._recent[0], self._recent[-1]
+        return (worked - before) / (now - since) if worked > before else self.images_per_s
 
     def listed(self, rows: int) -> None:
         self._progress(Progress("listing", rows, 0, 0, self.elapsed_s, rows / max(self.elapsed_s, 1e-9), None))
@@ -137,7 +147,7 @@ class _Clock:
         self._work_began = time.monotonic()
 
     def show(self, phase: Literal["ingesting", "committing"], rows: int, total: int, bad: int = 0) -> None:
-        rate = self.images_per_s
+        rate = self._rate()
         left_s = (total - rows) / rate if rate and phase == "ingesting" else None
         self._progress(Progress(phase, rows, total, bad, self.elapsed_s, rate, left_s))
 
@@ -156,7 +166,7 @@ def _run(options: IngestOptions, todo: _Todo, total: int, clock: _Clock) -> None
         rows += result["rows"] + result["bad"]
         clock.show("ingesting", rows, total, bad.total())
         if bad.total() > options.max_bad * total and rows < total:
-            check_budget(bad, examples, max(0, total - bad.total()), options.max_bad)
+            check_budget(bad, examples, rows - bad.total(), options.max_bad, unseen=total - rows)
 
 
 def _describe(target: str, units: Iterator[plans.Unit]) -> _Todo:
@@ -276,18 +286,27 @@ def _held_paths(dataset: Dataset) -> Iterator[str]:
             yield row["path"]
 
 
+def _set_aside(dataset: Dataset) -> Iterator[dict[str, Any]]:
+    for rows in aside_rows(dataset.uri, dataset.manifest.quarantine):
+        yield from rows
+
+
 def _empty(options: IngestOptions, collected: Collected) -> str:
     where = storage.without_secrets(options.source)
     if not collected.left_out:
         return f"{where} is empty: expected images; check the path"
     why, (count, example) = max(collected.left_out.items(), key=lambda item: item[1][0])
-    return f"no images in {where} for layout {options.layout}: {count} files left out ({why}), such as {example}"
+    return f"no images in {where} for layout {options.layout}: {_files(count)} left out ({why}), such as {example}"
 
 
 def _left_out(collected: Collected) -> list[str]:
     return [
-        f"left out: {count} files ({why}), such as {example}" for why, (count, example) in collected.left_out.items()
+        f"left out: {_files(count)} ({why}), such as {example}" for why, (count, example) in collected.left_out.items()
     ]
+
+
+def _files(count: int) -> str:
+    return "1 file" if count == 1 else f"{count} files"
 
 
 def _staging(target: str) -> str:

@@ -5,14 +5,16 @@ and joins more rows than memory holds. A unit is a run of rows in the order of t
 paths, so any stretch of the dataset is a random sample, wherever the source lies and however it is listed.
 """
 
+import contextlib
 import gzip
 import hashlib
 import json
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from scalecv import storage
 from scalecv.errors import ConfigError, StorageError
 from scalecv.schema import SPLITS
 from scalecv.sources.found import Found, LeftOut, share
@@ -25,6 +27,17 @@ _OVERHEAD_BYTES = 1024
 _SMALLEST_UNIT_BYTES = 8 << 20
 _INSERT = f"INSERT OR IGNORE INTO rows VALUES ({', '.join('?' * 13)})"  # noqa: S608 - question marks only
 _FIELDS = ("path", "size", "etag", "label", "mask", "mask_size", "mask_etag", "grp", "split", "meta", "problem")
+
+
+@contextlib.contextmanager
+def _disk() -> Iterator[None]:
+    """Turn SQLite's 'disk is full' into one clear error."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        raise StorageError(
+            f"the list of images does not fit into the temporary folder ({error}): free some space, or set TMPDIR"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -76,6 +89,7 @@ def parse_shares(text: str) -> tuple[float, float, float]:
     return train / total, val / total, test / total
 
 
+@_disk()
 def collect(found: Iterable[Found | LeftOut], counted: Callable[[int], None] = lambda n: None) -> Collected:
     """Stream a source's rows to disk; a path that comes twice counts once.
 
@@ -93,26 +107,45 @@ def collect(found: Iterable[Found | LeftOut], counted: Callable[[int], None] = l
     left_out: dict[str, tuple[int, str]] = {}
     meta: dict[str, None] = {}
     rows = 0
-    with _disk():
-        for item in found:
-            if isinstance(item, LeftOut):
-                _count(left_out, item)
-                continue
-            meta.update(dict.fromkeys(item.meta))
-            if table.execute(_INSERT, _line(item)).rowcount == 0:
-                _count(left_out, LeftOut(item.path, "listed more than once; the first row counts"))
-                continue
-            rows += 1
-            if rows % 1000 == 0:
-                counted(rows)
+    for item in found:
+        if isinstance(item, LeftOut):
+            _count(left_out, item)
+            continue
+        meta.update(dict.fromkeys(item.meta))
+        if table.execute(_INSERT, _line(item)).rowcount == 0:
+            _count(left_out, LeftOut(item.path, "listed more than once; the first row counts"))
+            continue
+        rows += 1
+        if rows % 1000 == 0:
+            counted(rows)
     counted(rows)
     return Collected(table, tuple(meta), left_out)
 
 
+@_disk()
 def drop(plan: Collected, paths: Iterable[str]) -> int:
     """Take out the rows of these paths; how many there were."""
-    with _disk():
-        return sum(plan.table.execute("DELETE FROM rows WHERE path = ?", (path,)).rowcount for path in paths)
+    return sum(plan.table.execute("DELETE FROM rows WHERE path = ?", (path,)).rowcount for path in paths)
+
+
+def drop_bad(plan: Collected, source: str, asides: Iterable[Mapping[str, Any]]) -> int:
+    """Take out the rows that an earlier version set aside and that would be set aside again; how many there were.
+
+    Args:
+        plan: the rows.
+        source: where they come from.
+        asides: what was set aside: uri, path, stage, reason, size_bytes.
+    """
+    above, dropped = storage.without_secrets(source), 0
+    for aside in asides:
+        if aside["uri"] == storage.join(above, aside["path"]):
+            same = (aside["path"], aside["stage"], aside["size_bytes"], aside["stage"], aside["reason"])
+            dropped += plan.table.execute(
+                "DELETE FROM rows WHERE path = ? AND "
+                "((? = 'decode' AND size = ? AND problem IS NULL) OR (? = 'list' AND problem = ?))",
+                same,
+            ).rowcount
+    return dropped
 
 
 def holds(plan: Collected, path: str) -> bool:
@@ -136,6 +169,7 @@ def labels_of(plan: Collected) -> list[str]:
     return [row[0] for row in plan.table.execute("SELECT DISTINCT label FROM rows WHERE label IS NOT NULL")]
 
 
+@_disk()
 def assign_splits(plan: Collected, shares: tuple[float, float, float], given: bool) -> list[str]:
     """Give every row a split: the source's own, else by the hash of its group; what there is to say of it.
 
@@ -182,6 +216,7 @@ def totals(plan: Collected) -> tuple[int, int]:
     return int(rows), int(size)
 
 
+@_disk()
 def identity(plan: Collected, settings: UnitSettings, unit_mb: int) -> tuple[str, str]:
     """Hashes of all that makes the dataset: as the store's etags tell it, and by paths and sizes alone."""
     shape = replace(settings, source="")
@@ -265,16 +300,3 @@ def _groups(table: sqlite3.Connection, split: str) -> int:
 def _count(left_out: dict[str, tuple[int, str]], item: LeftOut) -> None:
     count, example = left_out.get(item.why, (0, item.path))
     left_out[item.why] = (count + 1, example)
-
-
-class _disk:  # noqa: N801 - used like a function
-    """Turn SQLite's 'disk is full' into one clear error."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, sqlite3.OperationalError):
-            raise StorageError(
-                f"the list of images does not fit into the temporary folder ({error}): free some space, or set TMPDIR"
-            ) from None

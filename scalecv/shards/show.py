@@ -46,6 +46,13 @@ def facts_json(dataset: Dataset) -> dict[str, Any]:
     }
 
 
+def print_facts(dataset: Dataset) -> None:
+    """Write the facts to stdout, as wide as the terminal is."""
+    from rich.console import Console
+
+    Console().print(facts_table(dataset))
+
+
 def facts_table(dataset: Dataset) -> "RenderableType":
     """The facts as tables for a terminal."""
     from rich.console import Group
@@ -63,8 +70,8 @@ def facts_table(dataset: Dataset) -> "RenderableType":
     return Group(*parts)
 
 
-def sample_grid(dataset: Dataset, path_png: str, count: int = 32) -> int:
-    """Write a picture of samples, the classes in turn; masks lie over their images. How many are on it.
+def sample_grid(dataset: Dataset, path_png: str, count: int = 32) -> str:
+    """Write a picture of samples, the classes in turn; masks lie over their images. Where it is.
 
     Rasters show their bands 1 to 3, each stretched between its percentiles 2 and 98; reads few row groups.
     """
@@ -90,7 +97,7 @@ def sample_grid(dataset: Dataset, path_png: str, count: int = 32) -> int:
     out = io.BytesIO()
     sheet.save(out, "PNG")
     storage.put(path_png, out.getvalue())
-    return len(rows)
+    return storage.absolute(path_png)
 
 
 def _samples(dataset: Dataset, count: int) -> Iterator[dict[str, Any]]:

@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 from scalecv import storage
-from scalecv.errors import IntegrityError, ScalecvError, StorageDenied
+from scalecv.errors import DataError, IntegrityError, ScalecvError, StorageDenied
 from scalecv.schema import META
 from scalecv.shards import plan
 from scalecv.shards.decode import BadImage
@@ -37,6 +37,14 @@ def spec_uri(target: str, unit: str) -> str:
 def record_uri(target: str, unit: str) -> str:
     """Where a finished unit's record lies."""
     return storage.join(target, STAGING, unit + ".json")
+
+
+def overtaken(target: str) -> DataError:
+    """Another ingest into the same target was first, and cleared the staging folder."""
+    return DataError(
+        f"{storage.without_secrets(target)}: another ingest made a version there while this one ran, which changed "
+        "nothing: look at it, then run again with --append"
+    )
 
 
 def run(item: Mapping[str, Any], target: str) -> dict[str, Any]:
@@ -80,7 +88,11 @@ _NOTHING: dict[str, Any] = {
 
 def work(target: str, unit: str) -> Record:
     """Do one unit and leave its shard and record below the target."""
-    split, settings, rows = plan.read_unit(storage.get(spec_uri(target, unit)))
+    try:
+        spec = storage.get(spec_uri(target, unit))
+    except FileNotFoundError:
+        raise overtaken(target) from None
+    split, settings, rows = plan.read_unit(spec)
     record = Record.start(split)
     writer = ShardWriter(settings.meta, settings.row_group_bytes)
     examiner = _examiner()

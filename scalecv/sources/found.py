@@ -45,7 +45,8 @@ class LeftOut:
 
 def is_image(path: str) -> bool:
     """Whether the name ends like an image's."""
-    return path.rpartition(".")[2].lower() in IMAGE_ENDINGS
+    _, dot, ending = path.rpartition(".")
+    return bool(dot) and ending.lower() in IMAGE_ENDINGS
 
 
 def split_named(name: str) -> str | None:

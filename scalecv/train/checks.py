@@ -3,7 +3,9 @@
 from scalecv.batches.pixels import Pixels, pixels_of
 from scalecv.config import Experiment
 from scalecv.errors import ConfigError, DataError
+from scalecv.models import task_of
 from scalecv.shards.manifest import Manifest
+from scalecv.tasks import TASKS
 
 KIND = {"classify": "label", "segment": "mask"}
 
@@ -15,6 +17,10 @@ def check(experiment: Experiment, manifest: Manifest) -> list[str]:
     """
     where = experiment.data.uri
     _labels(experiment, manifest, where)
+    gives = task_of(experiment.model.arch)
+    if gives not in (experiment.task, None):
+        raise ConfigError(f"model.arch={experiment.model.arch} is a network to {gives}, the task is {experiment.task}")
+    TASKS[experiment.task].check(experiment.loss, len(manifest.classes))
     pixels = pixels_of(manifest, experiment.data, where)
     wanted = experiment.model.in_channels
     if wanted is not None and wanted != pixels.channels:
@@ -44,9 +50,10 @@ def _labels(experiment: Experiment, manifest: Manifest, where: str) -> None:
     for split in ("val", "test"):
         missing = [name for name, rows in manifest.class_counts.get(split, {}).items() if rows and name not in seen]
         if missing:
+            some = ", ".join(missing[:5]) + (" …" if len(missing) > 5 else "")
             raise DataError(
-                f"{where}: {split} has classes that train lacks: {', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}. "
-                "A network cannot learn what it never sees: split the data again, or leave these classes out"
+                f"{where}: {split} has classes that train lacks: {some}. A network cannot learn what it never sees: "
+                "split the data again, or leave these classes out"
             )
 
 

@@ -36,8 +36,15 @@ class _NotAgain(UserCallback):  # type: ignore[misc]  # ray is untyped here
                 raise cause
 
 
-def run(job: Job, scale: Scale, spool: str, *, use_gpu: bool) -> None:
+def run(job: Job, scale: Scale, spool: str, *, use_gpu: bool, code_dirs: tuple[str, ...] = ()) -> None:
     """Run the workers to the end. What they have to say comes through the spool.
+
+    Args:
+        job: what every rank is given.
+        scale: how many ranks, and what each takes.
+        spool: local file that the reports of rank 0 are appended to.
+        use_gpu: whether each rank takes a GPU.
+        code_dirs: folders whose modules the workers must find.
 
     Raises: ScalecvError: what a worker raised, or that workers were lost more often than scale.max_failures.
     """
@@ -58,7 +65,7 @@ def run(job: Job, scale: Scale, spool: str, *, use_gpu: bool) -> None:
                 storage_path=folder,
                 failure_config=ray.train.FailureConfig(max_failures=scale.max_failures, controller_failure_limit=3),
                 callbacks=[SpoolCallback(spool), _NotAgain()],
-                worker_runtime_env={"env_vars": _environment()},
+                worker_runtime_env=_environment(code_dirs),
             ),
         )
         try:
@@ -146,10 +153,18 @@ def _resources(scale: Scale, *, use_gpu: bool) -> dict[str, float]:
     return {"CPU": scale.cpus_per_worker, **({"GPU": 1.0} if use_gpu else {})}
 
 
-def _environment() -> dict[str, str]:
-    """Variables that workers need besides what Ray hands on; no secrets: those come from each node's environment."""
-    places = {name: os.environ[name] for name in ("AWS_ENDPOINT_URL", "AWS_REGION") if name in os.environ}
-    return {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", **places}
+def _environment(code_dirs: tuple[str, ...]) -> dict[str, Any]:
+    """The runtime environment of the workers; empty where they need none, since one costs a start of its own.
+
+    No secrets: those come from each node's environment.
+    """
+    variables = {}
+    own = [folder for folder in code_dirs if any(name.endswith(".py") for name in os.listdir(folder))]
+    if own:
+        variables["PYTHONPATH"] = os.pathsep.join([*own, *filter(None, [os.environ.get("PYTHONPATH")])])
+    if os.environ.get("RAY_ADDRESS"):
+        variables |= {name: os.environ[name] for name in ("AWS_ENDPOINT_URL", "AWS_REGION") if name in os.environ}
+    return {"env_vars": variables} if variables else {}
 
 
 @contextlib.contextmanager

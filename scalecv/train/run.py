@@ -71,22 +71,24 @@ def train(
         run = runs.open_run(experiment, new=new)
         for note in check(experiment, run.dataset.manifest):
             tell({"kind": "progress", "message": note})
-        if (
-            run.result
-            and run.result["epochs"] >= experiment.train.epochs
-            or run.result
-            and run.result["status"] == "stopped"
+        if (run.result and run.result["epochs"] >= experiment.train.epochs) or (
+            run.result and run.result["status"] == "stopped"
         ):
             return Result(**{**run.result, "is_continued": True, "was_complete": True})
         if run.goes_on:
             tell({"kind": "progress", "message": f"goes on with {run.uri} (--new starts over)"})
         if trouble:
             tell({"kind": "progress", "message": f"{trouble}. The run goes on; its record waits in {run.uri}"})
-        return _record_and_run(experiment, run, uri, code_dirs, tell)
+        return _record_and_run(experiment, run, uri, code_dirs, tell, patience_s=5 if trouble else 60)
 
 
 def _record_and_run(
-    experiment: Experiment, run: runs.Run, uri: str, code_dirs: tuple[str, ...], tell: Callable[[Event], None]
+    experiment: Experiment,
+    run: runs.Run,
+    uri: str,
+    code_dirs: tuple[str, ...],
+    tell: Callable[[Event], None],
+    patience_s: float,
 ) -> Result:
     folder = runs.local_folder(run)
     path = folder / "spool.jsonl"
@@ -119,7 +121,8 @@ def _record_and_run(
         raise Interrupted(f"stopped at once; the same command goes on from the last checkpoint in {run.uri}") from None
     finally:
         spool.append(path, {"kind": "end", "status": status})
-        sender.close(timeout_s=30 if status == "FINISHED" else 5)  # it says itself what it could not send
+        if not sender.close(timeout_s=patience_s if status == "FINISHED" else min(5, patience_s)):
+            tell({"kind": "progress", "message": sender.waiting()})
     result = Result(
         run_id=sender.run_id,
         name=experiment.name,
@@ -192,7 +195,9 @@ def _run_workers(experiment: Experiment, run: runs.Run, path: str, code_dirs: tu
     from scalecv.train import ray_run
     from scalecv.train.worker import Job
 
-    ray_run.run(Job(experiment, run.dataset.version, run.uri, reader), scale, path, use_gpu=use_gpu)
+    ray_run.run(
+        Job(experiment, run.dataset.version, run.uri, reader), scale, path, use_gpu=use_gpu, code_dirs=code_dirs
+    )
 
 
 def _run_here(experiment: Experiment, run: runs.Run, path: str, reader: str) -> None:

@@ -61,9 +61,11 @@ def open_run(experiment: Experiment, *, new: bool = False) -> Run:
             told = json.loads(storage.get(storage.join(uri, "run.json")))
         except FileNotFoundError:
             told = None  # a crash before the first word: take the number over
-        if told:
+        if told is None:
+            last -= 1
+        elif told["identity"] == experiment.identity() or storage.list_names(storage.join(uri, "checkpoints")):
             return _go_on(experiment, uri, told)
-        last -= 1
+        # Else: another experiment that never saved anything, such as one with a mistake that was mended since.
     dataset = open_dataset(experiment.data.uri, experiment.data.version)
     uri, key = storage.join(home(experiment), f"{last + 1:03d}"), uuid.uuid4().hex
     told = {
@@ -100,8 +102,8 @@ def _go_on(experiment: Experiment, uri: str, told: dict[str, Any]) -> Run:
     dataset = open_dataset(experiment.data.uri, pinned["version"])
     if dataset.manifest.fingerprint != pinned["fingerprint"]:
         raise ConfigError(
-            f"{experiment.data.uri} version {pinned['version']} is not the data that {uri} was trained on "
-            f"(fingerprint {dataset.manifest.fingerprint[:12]}, was {pinned['fingerprint'][:12]}): start over with --new"
+            f"{experiment.data.uri} version {pinned['version']} is not the data that {uri} was trained on (fingerprint "
+            f"{dataset.manifest.fingerprint[:12]}, was {pinned['fingerprint'][:12]}): start over with --new"
         )
     result = None
     with contextlib.suppress(FileNotFoundError):
@@ -114,10 +116,14 @@ def local_folder(run: Run) -> Path:
     if storage.is_local(run.uri):
         folder = Path(run.uri)
     else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        folder = Path(base) / "scalecv" / "runs" / run.key
+        folder = cache_folder() / run.key
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def cache_folder() -> Path:
+    """Where the spools of runs on object storage lie."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scalecv" / "runs"
 
 
 @contextlib.contextmanager

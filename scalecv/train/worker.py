@@ -10,12 +10,14 @@ import torch
 from torch import distributed as dist
 
 from scalecv import storage
-from scalecv.artifacts import bundle, report as reports
+from scalecv.artifacts import bundle
+from scalecv.artifacts import report as reports
 from scalecv.batches.feed import Feed, decode_threads
-from scalecv.batches.plan import order_hash
 from scalecv.batches.pixels import Pixels, pixels_of
+from scalecv.batches.plan import order_hash
 from scalecv.config import Experiment
-from scalecv.models import build_model
+from scalecv.errors import ConfigError
+from scalecv.models import build_model, required_multiple
 from scalecv.models.facts import model_facts
 from scalecv.models.losses import balanced_weights
 from scalecv.shards.store import Dataset, open_dataset
@@ -114,6 +116,7 @@ def _setup(
 def _start(setup: Setup, job: Job, place: Place, pixels: Pixels) -> tuple[State, list[str]]:
     """The state to go on from, and what there is to say about it."""
     experiment, train, notes = job.experiment, job.experiment.train, []
+    _check_size(experiment, pixels, setup.feeds["train"].dataset.manifest.sizes_px)
     torch.manual_seed(experiment.seed)
     model = build_model(
         **call_of(experiment, setup.task, pixels).model_dump(),
@@ -138,6 +141,19 @@ def _start(setup: Setup, job: Job, place: Place, pixels: Pixels) -> tuple[State,
         network = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
     state.network = torch.compile(network) if train.compile else network  # type: ignore[assignment]
     return state, notes
+
+
+def _check_size(experiment: Experiment, pixels: Pixels, sizes_px: tuple[int, int, int, int]) -> None:
+    """Refuse images that a segmentation network cannot halve often enough."""
+    model = experiment.model
+    multiple = required_multiple(model.arch, model.encoder, model.args)
+    sides = (pixels.size_px, pixels.size_px) if pixels.size_px else sizes_px[:2]
+    if any(side % multiple for side in sides):
+        fits = max(multiple, round(sides[0] / multiple) * multiple)
+        raise ConfigError(
+            f"images have {sides[0]}x{sides[1]} pixels, and {model.arch} with {model.encoder} needs multiples of "
+            f"{multiple}: set data.size_px={fits}"
+        )
 
 
 def call_of(experiment: Experiment, task: Task, pixels: Pixels) -> bundle.Call:

@@ -18,16 +18,13 @@ from PIL import Image
 from scalecv.artifacts import spool, tracking
 from scalecv.artifacts.mlflow_client import client
 from scalecv.errors import ConfigError, UserError
-from tests.servers import free_port, mlflow_server  # noqa: F401 - a fixture
+from tests.servers import empty_store, free_port, mlflow_server  # noqa: F401 - a fixture
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """A SQLite store in a folder with a space; its tables are made once."""
-    folder = tmp_path_factory.mktemp("with space")
-    uri = tracking.tracking_uri(f"sqlite:///{folder}/mlruns.db")
-    client(uri)
-    return uri
+    """A SQLite store in a folder with a space."""
+    return empty_store(tmp_path_factory.mktemp("with space") / "mlruns.db")
 
 
 @pytest.fixture
@@ -129,12 +126,12 @@ def test_everything_of_a_run_arrives(run, store, tmp_path):
 def test_a_restart_goes_on_with_the_same_run_and_repeats_nothing(run, store):
     sender, path = run()
     metrics(path, range(5))
-    assert sender.close(30)
+    assert sender.close(60)
     # The training starts again from step 3 and writes later times.
     time.sleep(0.01)
     metrics(path, range(3, 8))
     again, _ = run()
-    assert again.close(30) and again.run_id == sender.run_id
+    assert again.close(60) and again.run_id == sender.run_id
     assert [step for step, _ in history(store, again.run_id)] == list(range(8))
 
 
@@ -142,11 +139,11 @@ def test_without_its_state_nothing_is_doubled(run, store, tmp_path):
     sender, path = run()
     metrics(path, range(5))
     spool.append(path, {"kind": "image", "uri": png(tmp_path / "p.png"), "key": "k", "step": 1})
-    assert sender.close(30)
+    assert sender.close(60)
     (tmp_path / "spool.sent.json").unlink()
     metrics(path, range(5, 7))
     again, _ = run()
-    assert again.close(30) and again.run_id == sender.run_id
+    assert again.close(60) and again.run_id == sender.run_id
     assert [step for step, _ in history(store, again.run_id)] == list(range(7))
     assert len(client(store).list_artifacts(again.run_id, "images")) == 2
 
@@ -154,13 +151,13 @@ def test_without_its_state_nothing_is_doubled(run, store, tmp_path):
 def test_on_another_machine_repeated_steps_are_known_from_the_server(run, store, tmp_path):
     sender, path = run()
     metrics(path, range(5))
-    assert sender.close(30)
+    assert sender.close(60)
     path.unlink()
     (tmp_path / "spool.sent.json").unlink()
     time.sleep(0.01)
     metrics(path, range(2, 7))
     again, _ = run()
-    assert again.close(30)
+    assert again.close(60)
     assert [step for step, _ in history(store, again.run_id)] == list(range(7))
 
 
@@ -179,16 +176,16 @@ def test_a_finished_run_is_opened_again_and_ended_again(run, store):
     sender, path = run()
     spool.append(path, {"kind": "params", "params": {"train.epochs": 1}})
     spool.append(path, {"kind": "end", "status": "FINISHED"})
-    assert sender.close(30)
+    assert sender.close(60)
     again, _ = run()
     spool.append(path, {"kind": "params", "params": {"train.epochs": 2}})
     metrics(path, [1])
-    ends = time.monotonic() + 20
+    ends = time.monotonic() + 60
     while client(store).get_run(sender.run_id).info.status != "RUNNING":
         assert time.monotonic() < ends
         time.sleep(0.1)
     spool.append(path, {"kind": "end", "status": "KILLED"})
-    assert again.close(30)
+    assert again.close(60)
     found = client(store).get_run(sender.run_id)
     assert found.info.status == "KILLED" and found.data.params["train.epochs"] == "1"
     assert found.data.tags["scalecv.now.train.epochs"] == "2"
@@ -202,7 +199,7 @@ def test_what_mlflow_refuses_is_left_out_and_the_rest_arrives(run, store, caplog
         (tmp_path / "bad.png").write_bytes(b"<html>")
         spool.append(path, {"kind": "image", "uri": str(tmp_path / "bad.png"), "key": "k", "step": 1})
         metrics(path, [2])
-        assert sender.close(30)
+        assert sender.close(60)
     found = client(store).get_run(sender.run_id).data.metrics
     assert found == {"val/iou schild ä _1_": 0.5, "train/loss": 1 / 3}
     assert "../up" in caplog.text and "gone.png" in caplog.text and "bad.png" in caplog.text
@@ -235,7 +232,7 @@ def test_two_processes_make_the_tables_at_the_same_time(tmp_path):
         "import sys; from scalecv.artifacts import spool, tracking\n"
         "who = sys.argv[2]; path = sys.argv[3] + who\n"
         "spool.append(path, {'kind': 'metrics', 'step': 1, 'metrics': {'m': 1}})\n"
-        "s = tracking.Sender(path, path + '.sent.json', sys.argv[1], 'e', who, who); print(s.close(90), s.run_id)"
+        "s = tracking.Sender(path, path + '.sent.json', sys.argv[1], 'e', who, who); print(s.close(200), s.run_id)"
     )
     both = [
         subprocess.Popen(
@@ -246,7 +243,7 @@ def test_two_processes_make_the_tables_at_the_same_time(tmp_path):
         )
         for who in ("one", "two")
     ]
-    said = [p.communicate(timeout=120) for p in both]
+    said = [p.communicate(timeout=300) for p in both]
     assert all(out.startswith("True ") and err == "" for out, err in said), said
     assert len(client(uri).search_runs(["1"])) == 2
 
@@ -259,10 +256,10 @@ def test_a_dead_server_neither_stops_nor_slows_the_caller(run, caplog):
         began = time.monotonic()
         sender, path = run(uri=f"http://127.0.0.1:{free_port()}")
         metrics(path, range(100))
-        assert time.monotonic() - began < 0.5
+        assert time.monotonic() - began < 3  # one call of MLflow's own would block for 247 s
         began = time.monotonic()
         assert not sender.close(6)
-        assert time.monotonic() - began < 8
+        assert time.monotonic() - began < 20
     assert "100 points" in sender.waiting() and str(path) in sender.waiting() and "scalecv sync" in sender.waiting()
     assert caplog.text.count("takes nothing now") == 1 and sender.run_id is None
 
@@ -276,7 +273,7 @@ def test_a_probe_says_why_there_is_no_answer(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         began = time.monotonic()
         assert "does not answer" in tracking.probe(f"http://127.0.0.1:{silent.getsockname()[1]}", timeout_s=1)
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 10
 
 
 class CutAnswers:
@@ -357,8 +354,8 @@ def test_another_process_sends_later_what_waits(run, mlflow_server, tmp_path):  
     sender, path = run("later", uri=dead)
     metrics(path, range(20))
     assert not sender.close(2)
-    assert tracking.sync(tmp_path, 30, mlflow_server.uri) == (1, 0)
-    assert tracking.sync(tmp_path, 30, mlflow_server.uri) == (0, 0)
+    assert tracking.sync(tmp_path, 60, mlflow_server.uri) == (1, 0)
+    assert tracking.sync(tmp_path, 60, mlflow_server.uri) == (0, 0)
     ml = client(mlflow_server.uri)
     found = ml.search_runs([ml.get_experiment_by_name("tests").experiment_id], "metrics.`train/loss` > 0")
     mine = [r for r in found if r.data.tags["scalecv.run_key"].endswith("later")]
@@ -443,7 +440,7 @@ def test_a_bundle_is_a_model_that_mlflow_opens(run, store, bundle, tmp_path, mon
     ml = client(store)
     experiment = ml.get_experiment_by_name("tests").experiment_id
     models = ml.search_logged_models([experiment], f"source_run_id = '{sender.run_id}'")
-    assert len(models) == 1 and took_s < 10
+    assert len(models) == 1 and took_s < 30
     assert tracking.lookup(f"runs:/{sender.run_id}", store) == str(bundle)
 
     import mlflow

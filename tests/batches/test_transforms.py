@@ -30,7 +30,6 @@ def test_draws_are_frozen_and_uniform():
     assert abs(many.mean() - 0.5) < 0.01 and many.min() >= 0 and many.max() < 1
 
 
-
 @pytest.mark.parametrize("bands", [1, 2, 3, 4, 12])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.float32])
 def test_any_bands_and_dtypes(bands, dtype):
@@ -45,7 +44,9 @@ def test_image_and_mask_move_together(number):
     mask = torch.zeros(64, 64, dtype=torch.long)
     mask[10:40, 20:50] = 1
     image = (mask * 200).to(torch.uint8)[None].repeat(3, 1, 1)
-    how = Augment(hflip=0.5, vflip=0.5, rot90=True, pad_crop_px=6, rotate_deg=15, translate=0.1, zoom=0.1, resized_crop=(0.6, 1))
+    how = Augment(
+        hflip=0.5, vflip=0.5, rot90=True, pad_crop_px=6, rotate_deg=15, translate=0.1, zoom=0.1, resized_crop=(0.6, 1)
+    )
     image, mask = augment(image, mask, how, draws(0, number, "x"), 64)
     labelled = mask != IGNORE
     bright = image[0].float() > 100

@@ -59,7 +59,9 @@ def main() -> None:
     total, warmup = args.epochs * len(train), 2 * len(train)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda s: min(1, (s + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * max(0, s - warmup) / max(1, total - warmup))),
+        lambda s: (
+            min(1, (s + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * max(0, s - warmup) / max(1, total - warmup)))
+        ),
     )
     loss_of = nn.CrossEntropyLoss(label_smoothing=0.05)
     best, speeds = 0.0, []

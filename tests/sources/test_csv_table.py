@@ -12,7 +12,7 @@ def rows(uri: str, **options) -> list[Found]:
 
 def test_columns_become_label_split_group_and_metadata(tmp_path):
     uri = touch(tmp_path, "a/1.png", "a/2.png")
-    text = "\ufeffimage,class,split,site,note\na/1.png,cat,train,S1,\"x, y\"\n./a/2.png,dog,valid,S2,\na/3.png,cat,,S1,\n"
+    text = '\ufeffimage,class,split,site,note\na/1.png,cat,train,S1,"x, y"\n./a/2.png,dog,valid,S2,\na/3.png,cat,,S1,\n'
     (tmp_path / "t.csv").write_text(text, encoding="utf-8")
     first, second, third = rows(uri, group="site,note")
     assert (first.path, first.label, first.split, first.group) == ("a/1.png", "cat", "train", "S1,x, y")
@@ -47,7 +47,7 @@ def test_tables_that_cannot_be_read_are_told(tmp_path):
     (tmp_path / "labels.csv").write_text("name,label\n1.png,cat\n")
     with pytest.raises(DataError, match=r"columns name, label: one must be named file"):
         rows(uri)
-    with pytest.raises(DataError, match="did you mean 'labels.csv'"):
+    with pytest.raises(DataError, match=r"did you mean 'labels.csv'"):
         rows(uri, csv_name="label.csv")
     (tmp_path / "labels.csv").write_text("file,label\n1.png,cat\n")
     with pytest.raises(ConfigError, match="no such column; did you mean 'label'"):

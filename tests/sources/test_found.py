@@ -25,5 +25,11 @@ def test_share_is_stable_and_even():
 
 
 def test_names_of_splits_and_images():
-    assert [split_named(n) for n in ("Train", "valid", "validation", "test", "tracks")] == ["train", "val", "val", "test", None]
+    assert [split_named(n) for n in ("Train", "valid", "validation", "test", "tracks")] == [
+        "train",
+        "val",
+        "val",
+        "test",
+        None,
+    ]
     assert is_image("a/B.JPG") and is_image("x.tiff") and not is_image("labels.csv") and not is_image("png")

@@ -7,7 +7,9 @@ from tests.sources.test_imagefolder import touch
 
 
 def test_images_and_masks_meet_by_name_whatever_their_endings(tmp_path):
-    uri = touch(tmp_path, "images/a.jpg", "images/a-1.tif", "images/b.png", "masks/a.png", "masks/a-1.tif", "masks/z.png")
+    uri = touch(
+        tmp_path, "images/a.jpg", "images/a-1.tif", "images/b.png", "masks/a.png", "masks/a-1.tif", "masks/z.png"
+    )
     found = {f.path: f for f in masks(uri) if isinstance(f, Found)}
     assert {p: (f.mask, f.problem, f.split) for p, f in found.items()} == {
         "images/a.jpg": ("masks/a.png", None, None),
@@ -17,7 +19,14 @@ def test_images_and_masks_meet_by_name_whatever_their_endings(tmp_path):
 
 
 def test_split_folders_and_other_names_of_folders(tmp_path):
-    uri = touch(tmp_path, "train/imgs/1.png", "train/annotations/1.png", "val/img/2.png", "val/labels/2.png", "more/images/3.png")
+    uri = touch(
+        tmp_path,
+        "train/imgs/1.png",
+        "train/annotations/1.png",
+        "val/img/2.png",
+        "val/labels/2.png",
+        "more/images/3.png",
+    )
     items = list(masks(uri))
     assert [(f.split, f.mask) for f in items if isinstance(f, Found)] == [
         ("train", "train/annotations/1.png"),

@@ -70,7 +70,7 @@ def test_a_flipped_bit_is_noticed_and_the_one_before_is_taken(tmp_path, name):
 def test_reading_a_damaged_one_is_an_error(tmp_path):
     saved = checkpoint.save(str(tmp_path), PARTS, 10, 0.5)
     (folder(tmp_path, saved) / "resume.json").unlink()
-    with pytest.raises(IntegrityError, match="resume.json is missing"):
+    with pytest.raises(IntegrityError, match=r"resume.json is missing"):
         checkpoint.read(saved)
 
 

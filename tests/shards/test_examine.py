@@ -1,0 +1,114 @@
+import csv
+import signal
+import threading
+import time
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from scalecv.shards.decode import BadImage
+from scalecv.shards.examine import NOTES, band_sums, examine
+from scalecv.shards.examiner import Examiner
+from scalecv.shards.record import BandSums
+from tests.shards.images import encoded, png
+from tests.test_raster import tiff
+
+
+@pytest.fixture(scope="module")
+def examiner():
+    child = Examiner()
+    yield child
+    child.close()
+
+
+def test_files_to_warn_of_get_a_note_and_good_ones_get_none(shared_data, examiner):
+    folder = shared_data("bad")
+    with (folder / "files.csv").open(newline="") as table:
+        rows = [r for r in csv.DictReader(table) if not r["file"].startswith("mask_")]
+    for row in rows:
+        data = (folder / row["file"]).read_bytes()
+        if row["expect"] == "reject":
+            with pytest.raises(BadImage):
+                examiner.examine(row["file"], data)
+            continue
+        notes = examiner.examine(row["file"], data)["notes"]
+        assert set(notes) <= set(NOTES)
+        # That three bands are too few is a fact of the dataset around the file: see test_ingest.
+        assert bool(notes) == (row["expect"] == "warn" and row["file"] != "three_bands.tif"), (row["file"], notes)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "float32"])
+def test_sums_add_up_to_numpys_over_images_of_all_sizes(dtype):
+    rng = np.random.default_rng(0)
+    parts = [(rng.random((n, 3)) * 255 + 1e4 * (dtype != "uint8")).astype(dtype) for n in (1, 50, 7, 4000)]
+    total = None
+    for part in parts:
+        sums = BandSums(rows=1, **band_sums(part))
+        total = sums if total is None else total.plus(sums)
+    joined = np.concatenate(parts).astype(np.float64)
+    stats = total.stats()
+    assert (stats.rows, stats.pixels) == (4, 4058)
+    np.testing.assert_allclose(stats.mean, joined.mean(0), rtol=1e-12)  # float64, 4058 terms
+    np.testing.assert_allclose(stats.std, joined.std(0), rtol=1e-9)
+    assert stats.min == tuple(joined.min(0)) and stats.max == tuple(joined.max(0))
+
+
+def test_nan_and_nodata_do_not_count():
+    pixels = np.array([[[1.0], [np.nan], [-9.0], [3.0]]], np.float32)
+    facts = examine("x.tif", tiff(pixels, nodata=-9))
+    assert (facts["pixels"], facts["mean"], facts["min"], facts["max"]) == (2, [2.0], [1.0], [3.0])
+    assert set(facts["notes"]) == {"nan"}
+    dark = np.array([[[0, 0], [0, 5]]], np.uint8)  # a pixel has no data where all of its bands say so
+    assert examine("x.tif", tiff(dark, nodata=0))["pixels"] == 1
+
+
+def test_masks_are_counted_and_compared():
+    image, mask = png(1, (4, 2)), encoded(PIL.Image.fromarray(np.array([[0, 1, 1, 9], [0, 0, 0, 1]], np.uint8)), "PNG")
+    assert examine("x.png", image, mask)["mask_values"] == {"0": 4, "1": 3, "9": 1}
+    assert examine("x.png", image, mask, declared=(0, 1), ignore=9)["mask_values"]["9"] == 1
+    for reason, call in {
+        "mask_value": lambda: examine("x.png", image, mask, declared=(0, 1)),
+        "mask_size": lambda: examine("x.png", png(1, (5, 2)), mask),
+        "mask_damaged": lambda: examine("x.png", image, mask[:40]),
+    }.items():
+        with pytest.raises(BadImage) as caught:
+            call()
+        assert caught.value.reason == reason
+    many = tiff(np.arange(512, dtype=np.uint16).reshape(16, 32, 1))
+    with pytest.raises(BadImage, match="512 different values"):
+        examine("x.png", png(1, (32, 16)), many)
+
+
+def test_the_death_of_the_decoder_is_that_samples_own(examiner):
+    slow = encoded(PIL.Image.new("RGB", (7000, 7000)), "PNG", compress_level=1)
+    examiner.examine("x.png", png(1))
+
+    def kill():
+        time.sleep(0.1)
+        examiner._child.send_signal(signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(BadImage) as caught:
+        examiner.examine("slow.png", slow)
+    killer.join()
+    assert caught.value.reason == "decoder_died" and "signal 9" in caught.value.detail
+    assert examiner.examine("x.png", png(1))["width"] == 12
+
+
+def test_a_decoder_that_takes_too_long_is_stopped():
+    child = Examiner(timeout_s=0.05)
+    with pytest.raises(BadImage) as caught:
+        child.examine("slow.png", encoded(PIL.Image.new("RGB", (7000, 7000)), "PNG", compress_level=1))
+    assert caught.value.reason == "timeout"
+    child.close()
+
+
+def test_the_child_gets_no_credentials(monkeypatch, examiner):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted")
+    child = Examiner()
+    child.examine("x.png", png(1))
+    with open(f"/proc/{child._child.pid}/environ", "rb") as environment:
+        assert b"planted" not in environment.read()
+    child.close()

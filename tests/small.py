@@ -1,0 +1,82 @@
+"""Fixtures: small datasets and experiments on them."""
+
+import pytest
+import torch
+
+from scalecv import config
+from scalecv.shards.ingest import IngestOptions, ingest
+from tests import make
+
+
+@pytest.fixture(scope="session")
+def shapes_dataset(tmp_path_factory):
+    """90 pictures of three shapes: train, val and test."""
+    folder = tmp_path_factory.mktemp("shapes")
+    make.shapes(folder / "images")
+    ingest(IngestOptions(source=str(folder / "images"), to=str(folder / "data"), layout="imagefolder", concurrency=0))
+    return str(folder / "data")
+
+
+@pytest.fixture(scope="session")
+def fields_dataset(tmp_path_factory):
+    """24 tiles of 4 bands with masks: train and val."""
+    folder = tmp_path_factory.mktemp("fields")
+    make.fields(folder / "tiles")
+    ingest(IngestOptions(source=str(folder / "tiles"), to=str(folder / "data"), layout="masks", concurrency=0))
+    return str(folder / "data")
+
+
+@pytest.fixture
+def shapes(shapes_dataset, tmp_path, monkeypatch):
+    """A function that gives a small experiment on shapes, with dotted keys set (a__b for a.b)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    threads = torch.get_num_threads()
+    yield lambda **keys: _experiment(
+        SHAPES | {"data.uri": shapes_dataset, "track.storage": str(tmp_path / "runs")}, keys
+    )
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def fields(fields_dataset, tmp_path, monkeypatch):
+    """A function that gives a small experiment on fields."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    yield lambda **keys: _experiment(
+        FIELDS | {"data.uri": fields_dataset, "track.storage": str(tmp_path / "runs")}, keys
+    )
+
+
+def _experiment(base, keys):
+    return config.build(config.with_overrides({}, base | {k.replace("__", "."): v for k, v in keys.items()}), "test")
+
+
+SHAPES = {
+    "name": "shapes",
+    "task": "classify",
+    "data.augment.hflip": 0.5,
+    "data.augment.rotate_deg": 10,
+    "model.arch": "resnet10",
+    "model.stem": "small",
+    "train.epochs": 3,
+    "train.batch": 16,
+    "train.lr": 3e-3,
+    "train.threads": 1,
+    "data.decode_threads": 1,
+    "scale.workers": 0,
+    "track.pictures": 4,
+    "track.log_every": 2,
+}
+FIELDS = {
+    "name": "fields",
+    "task": "segment",
+    "model.arch": "unet",
+    "model.encoder": "resnet18",
+    "train.epochs": 2,
+    "train.batch": 8,
+    "train.threads": 1,
+    "data.decode_threads": 1,
+    "scale.workers": 0,
+    "track.pictures": 4,
+}
