@@ -34,7 +34,7 @@ check: setup     ## lint, strict types, import contracts
 	$(BIN)/lint-imports
 
 bench: setup     ## training throughput against plain PyTorch, paired
-	$(BIN)/python -m tests.reference.bench
+	$(BIN)/python -m tests.reference.bench $(BENCH_ARGS)
 
 lock:            ## recompile requirements.lock from pyproject.toml (needs uv)
 	uv pip compile pyproject.toml --group dev --universal --python-version 3.11 --generate-hashes \

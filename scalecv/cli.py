@@ -102,10 +102,9 @@ def train(
 ) -> None:
     """Train one experiment; the same command again continues it."""
     from scalecv.display import Display
-    from scalecv.train.run import same_everywhere
     from scalecv.train.run import train as run
 
-    resolved = same_everywhere(_experiment(experiment, overrides))
+    resolved = _experiment(experiment, overrides)
     display = Display(quiet=quiet)
     code = () if experiment.startswith("runs:/") else (str(Path(experiment).resolve().parent),)
     result = run(resolved, new=new, code_dirs=code, tell=display)
@@ -206,6 +205,9 @@ def ingest(
     split: Annotated[
         str | None, typer.Option(help="Shares of train/val/test, as 80/10/10, where none is given.")
     ] = None,
+    split_folder: Annotated[
+        list[str] | None, typer.Option(help="A top folder that is a split by another name, as place_b=val.")
+    ] = None,
     csv: Annotated[str | None, typer.Option(help="Name of the table in SOURCE (layout csv).")] = None,
     classes: Annotated[str | None, typer.Option(help="Class names in the order of their numbers, a,b,c.")] = None,
     mask_values: Annotated[str | None, typer.Option(help="Values that masks may hold, as 0,1.")] = None,
@@ -230,6 +232,7 @@ def ingest(
         append=append,
         group=group,
         split=split,
+        split_folders=dict(pair.partition("=")[::2] for pair in split_folder or []),
         csv=csv,
         classes=tuple(classes.split(",")) if classes else (),
         mask_values=_integers(mask_values),

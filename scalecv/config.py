@@ -221,6 +221,15 @@ class Track(Frozen):
     pictures: int = Field(16, ge=0)
     """Images on each picture of predictions."""
 
+    @field_validator("uri")
+    @classmethod
+    def _no_login(cls, v: str | None) -> str | None:
+        if v and "@" in v.partition("://")[2].partition("/")[0]:
+            raise ValueError(
+                "a login does not belong into an experiment: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            )
+        return v
+
 
 class Experiment(Frozen):
     """One question, written down so that it can be run anywhere."""
@@ -410,7 +419,7 @@ def dump(experiment: Experiment) -> str:
 def json_schema() -> dict[str, Any]:
     """JSON Schema of an experiment file, for editors."""
     schema = Experiment.model_json_schema()
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "scalecv experiment", **schema}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "scalecv experiment"}
 
 
 def _explain(where: str, problem: Any) -> str:
@@ -423,7 +432,7 @@ def _explain(where: str, problem: Any) -> str:
     found = problem.get("input")
     said = problem["msg"].removeprefix("Value error, ")
     said = said[0].lower() + said[1:]
-    if not key or isinstance(found, dict):
+    if not key or isinstance(found, dict) or "login" in said:
         return f"{where}: {key + ': ' if key else ''}{said}"
     return f"{where}: {key}={found!r}: {said}"
 

@@ -60,7 +60,7 @@ def demo(folder: str = "scalecv-demo", workers: int = 2, tell: Callable[[Event],
     from scalecv import config
     from scalecv.serve.evaluate import evaluate
     from scalecv.shards.ingest import IngestOptions, ingest
-    from scalecv.train.run import same_everywhere, train
+    from scalecv.train.run import train
 
     def say(text: str) -> None:
         tell({"kind": "progress", "message": text})
@@ -72,7 +72,7 @@ def demo(folder: str = "scalecv-demo", workers: int = 2, tell: Callable[[Event],
     say(f"2/4  ingested: {ingested.rows:,} rows, {ingested.quarantined} set aside, version {ingested.version}")
     file = root / "experiment.yaml"
     file.write_text(EXPERIMENT.format(folder=folder, workers=min(workers, os.cpu_count() or 1)))
-    experiment = same_everywhere(config.load(file))
+    experiment = config.load(file)
     say(f"3/4  training on {experiment.scale.workers} workers")
     trained = train(experiment, new=True, tell=tell)
     scored = evaluate(trained.bundle, str(root / "dataset"), split="test", to=str(root / "report"))

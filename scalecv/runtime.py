@@ -117,17 +117,23 @@ def _prepare_local(folders: list[str]) -> None:
 
 def _start(ray: Any, local_cpus: int | None) -> None:
     global _started
-    try:
-        ray.init(
-            address="local",
-            num_cpus=local_cpus,
-            include_dashboard=False,
-            object_store_memory=_object_store_bytes(),
-            logging_level=logging.ERROR,
-            log_to_driver=SHOWS_WORKERS,
-        )
-    except (RuntimeError, OSError, ValueError, ConnectionError) as error:
-        raise UserError(f"Ray did not start on this machine: {_first_line(error)}; run `scalecv doctor`") from error
+    for attempt in (1, 2):  # a node that starts on a busy machine may miss Ray's own 30 s limit
+        try:
+            ray.init(
+                address="local",
+                num_cpus=local_cpus,
+                include_dashboard=False,
+                object_store_memory=_object_store_bytes(),
+                logging_level=logging.ERROR,
+                log_to_driver=SHOWS_WORKERS,
+            )
+            break
+        except Exception as error:  # Ray raises a bare Exception here
+            ray.shutdown()
+            if attempt == 2:
+                raise UserError(
+                    f"Ray did not start on this machine: {_first_line(error)}; run `scalecv doctor`"
+                ) from error
     _started = True
 
 

@@ -12,10 +12,11 @@ DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "clust
 LINK = re.compile(r"\]\(([^)\s]+)\)|<img [^>]*src=\"([^\"]+)\"")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 NAMED = re.compile(r"`((?:scalecv|tests|experiments|docs|cluster)/[\w./-]*)`")
+MODULE = re.compile(r"(?<![\w./-])((?:sources|shards|batches|models|metrics|tasks|train|artifacts|serve)/\w+\.py)")
 CODE = re.compile(r"`([^`\n]+)`")
 COMMAND = re.compile(r"(?<![\w/-])scalecv ((?:data )?[a-z]+[^\n#|<]*)")
 MAKE = re.compile(r"`make ([a-z]+)|^make ([a-z]+)", re.MULTILINE)
-KEY = re.compile(r"`((?:data|model|loss|train|scale|track)\.[a-z_.]+)")
+KEY = re.compile(r"(?:`|^scalecv .* )((?:data|model|loss|train|scale|track)\.[a-z_.]+)(?=[`=:])", re.MULTILINE)
 
 
 def doc_id(path: Path) -> str:
@@ -73,6 +74,8 @@ def test_every_named_file_exists(path):
     for name in NAMED.findall(path.read_text()):
         if not any(word in name for word in ("NAME", "NNNN")):
             assert (ROOT / name).exists(), f"{doc_id(path)} names {name}"
+    for name in MODULE.findall(path.read_text()):
+        assert name.endswith("/NAME.py") or (ROOT / "scalecv" / name).exists(), f"{doc_id(path)} names {name}"
 
 
 @pytest.mark.parametrize("path", DOCS, ids=doc_id)

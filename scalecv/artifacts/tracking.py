@@ -13,6 +13,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -139,6 +140,7 @@ class Sender:
 
     def _complain(self, what: str, error: Exception) -> None:
         said = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        said = re.sub(r"://[^/@\s]+@", "://", said)  # a login in a URL stays out of messages
         if not self._said:
             log.warning("%s (%s)", what, said)
         self._said = said

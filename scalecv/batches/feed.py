@@ -50,7 +50,7 @@ class Feed:
     rank: int = 0
     ranks: int = 1
     is_training: bool = False
-    """Training shuffles and augments; otherwise the order is that of the manifest."""
+    """Training shuffles and augments; otherwise each lane runs through its rows in the order of the manifest."""
     window_mb: int = 256
     threads: int = 1
     reader: str = "threads"

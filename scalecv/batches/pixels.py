@@ -48,8 +48,9 @@ def pixels_of(manifest: Manifest, data: Data, where: str) -> Pixels:
     if color == "auto":
         color = "native" if len(kinds) == 1 else "rgb" if all(k.startswith("uint8") for k in kinds) else "native"
     if color == "native" and len(kinds) > 1:
+        found = ", ".join(f"{rows} {kind}" for kind, rows in manifest.band_counts.items())
         raise DataError(
-            f"{where} holds images of several kinds ({', '.join(f'{n} {k}' for k, n in manifest.band_counts.items())}): "
+            f"{where} holds images of several kinds ({found}): "
             "set data.color=rgb or gray for photographs, or ingest each kind into a dataset of its own"
         )
     smallest, largest = manifest.sizes_px[:2], manifest.sizes_px[2:]

@@ -75,7 +75,7 @@ def find_builder(arch: str, *, allow_import: bool = False) -> Builder:
         if not allow_import:
             raise ConfigError(
                 f"model.arch={arch}: imports are taken only from the user's own experiment or command line, "
-                "never from a bundle or checkpoint; name it there"
+                "never from a bundle or checkpoint; allow it for a bundle of your own with --allow-import"
             )
         return partial(classifiers.imported, arch)
     if arch in MODELS:

@@ -97,7 +97,8 @@ def list_source(options: IngestOptions) -> Iterator[Found | LeftOut]:
         return csv_table(options.source, options.csv, options.group)
     if options.csv is not None:
         raise ConfigError(f"--csv {options.csv} goes with --layout csv, not {options.layout}")
-    return (imagefolder if options.layout == "imagefolder" else masks)(options.source, options.group)
+    listing = imagefolder if options.layout == "imagefolder" else masks
+    return listing(options.source, options.group, options.split_folders)
 
 
 @dataclass(frozen=True)

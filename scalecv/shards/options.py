@@ -25,6 +25,8 @@ class IngestOptions(Frozen):
     """What a split keeps together: columns of the CSV, else a regular expression with capture groups on the path."""
     split: str | None = None
     """Shares of train/val/test for images without a split; empty means 80/10/10, or 10 % of train as val."""
+    split_folders: dict[str, Literal["train", "val", "test"]] = {}
+    """Top folder -> split, for folders that are not named train, val or test."""
     csv: str | None = None
     """Name of the table in the source (layout csv)."""
     classes: tuple[str, ...] = ()

@@ -49,9 +49,9 @@ def is_image(path: str) -> bool:
     return bool(dot) and ending.lower() in IMAGE_ENDINGS
 
 
-def split_named(name: str) -> str | None:
-    """The split that a folder or a column's value names."""
-    return SPLIT_NAMES.get(name.strip().lower())
+def split_named(name: str, also: Mapping[str, str] = SPLIT_NAMES) -> str | None:
+    """The split that a folder or a column's value names; `also` holds names beside the usual ones."""
+    return also.get(name.strip()) or SPLIT_NAMES.get(name.strip().lower())
 
 
 def grouping(pattern: str | None) -> Callable[[str], str | None]:

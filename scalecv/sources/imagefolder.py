@@ -1,12 +1,14 @@
 """Folders that name classes: CLASS/x.jpg, or SPLIT/CLASS/x.jpg; images without any folder have no label."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from scalecv import storage
 from scalecv.sources.found import Found, LeftOut, grouping, is_image, split_named
 
 
-def imagefolder(uri: str, group: str | None = None) -> Iterator[Found | LeftOut]:
+def imagefolder(
+    uri: str, group: str | None = None, split_folders: Mapping[str, str] | None = None
+) -> Iterator[Found | LeftOut]:
     """The images below `uri`, in the order of the listing.
 
     If some top folder is named like a split, the other top folders are left out. The class is the
@@ -15,10 +17,11 @@ def imagefolder(uri: str, group: str | None = None) -> Iterator[Found | LeftOut]
     Args:
         uri: the source.
         group: regular expression whose capture groups, found in the path, name the group.
+        split_folders: top folder -> split, beside the usual names.
     """
     group_of = grouping(group)
     tops = storage.list_names(uri)
-    has_splits = any(split_named(name) for name in tops)
+    has_splits = any(split_named(name, split_folders or {}) for name in tops)
     for entry in storage.list_entries(uri):
         if not is_image(entry.path):
             yield LeftOut(entry.path, "not an image by its name")
@@ -26,7 +29,7 @@ def imagefolder(uri: str, group: str | None = None) -> Iterator[Found | LeftOut]
         folders = entry.path.split("/")[:-1]
         split = None
         if has_splits:
-            split = split_named(folders[0]) if folders else None
+            split = split_named(folders[0], split_folders or {}) if folders else None
             if split is None:
                 top = folders[0] + "/" if folders else "the top folder"
                 yield LeftOut(entry.path, f"{top} is none of train, val, test")

@@ -5,7 +5,7 @@ The two listings are joined on disk (an SQLite file without a name), so memory s
 
 import contextlib
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from scalecv import storage
 from scalecv.errors import DataError
@@ -15,12 +15,15 @@ IMAGE_FOLDERS = ("images", "image", "imgs", "img")
 MASK_FOLDERS = ("masks", "mask", "labels", "label", "annotations")
 
 
-def masks(uri: str, group: str | None = None) -> Iterator[Found | LeftOut]:
+def masks(
+    uri: str, group: str | None = None, split_folders: Mapping[str, str] | None = None
+) -> Iterator[Found | LeftOut]:
     """The images below `uri` with their masks; an image without one has the problem no_mask.
 
     Args:
         uri: the source.
         group: regular expression whose capture groups, found in the image's path, name the group.
+        split_folders: top folder -> split, beside the usual names.
 
     Raises: DataError: no folders of images and masks.
     """
@@ -29,7 +32,7 @@ def masks(uri: str, group: str | None = None) -> Iterator[Found | LeftOut]:
     if _pick(tops, IMAGE_FOLDERS):
         yield from _pairs(uri, "", None, group_of)
         return
-    places = [(name, split_named(name)) for name in tops]
+    places = [(name, split_named(name, split_folders or {})) for name in tops]
     if not any(split for _, split in places):
         raise DataError(
             f"{storage.without_secrets(uri)} holds {', '.join(tops[:8]) or 'nothing'}; layout masks expects "

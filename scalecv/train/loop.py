@@ -94,26 +94,28 @@ def fit(setup: Setup, state: State) -> str:
         while state.epoch < train.epochs and not state.progress.stops(train):
             current = upcoming or setup.feeds["train"].epoch(state.epoch, state.step)
             upcoming = None
-            told = _one_epoch(setup, state, current)
+            told, stop = _one_epoch(setup, state, current)
             if told is None:
                 gather_order(state)
                 setup.save(state, None)
                 return "interrupted"
-            if state.epoch + 1 < train.epochs:
+            if state.epoch + 1 < train.epochs and not stop:
                 upcoming = setup.feeds["train"].epoch(state.epoch + 1)  # its first batches load while we validate
             _close_epoch(setup, state, told)
+            if stop and state.epoch < train.epochs:
+                return "interrupted"
     finally:
         if upcoming:
             upcoming.close()
     return "stopped" if state.progress.stops(train) and state.epoch < train.epochs else "finished"
 
 
-def _one_epoch(setup: Setup, state: State, batches: Epoch) -> dict[str, float] | None:
-    """Train to the end of an epoch; None when a stop was asked for."""
+def _one_epoch(setup: Setup, state: State, batches: Epoch) -> tuple[dict[str, float] | None, bool]:
+    """Train to the end of an epoch; its numbers (None if it did not get there), and whether a stop was asked for."""
     train, every = setup.experiment.train, setup.experiment.track.log_every
     plan = batches.plan
     state.network.train()
-    meter = _Meter(setup, plan.steps, state.step)
+    meter, stop = _Meter(setup, plan.steps, state.step), False
     for step, raw in batches:
         torch.manual_seed(_seed(setup, state.epoch, step))
         lr = learning_rate(train, state.epoch * plan.steps + step, plan.steps, state.progress.plateau_scale)
@@ -129,8 +131,8 @@ def _one_epoch(setup: Setup, state: State, batches: Epoch) -> dict[str, float] |
             stop = meter.tell(state, batches.wait_s, lr, norm, setup.stop_requested)
             if stop and step + 1 < plan.steps:
                 batches.close()
-                return None
-    return meter.of_epoch()
+                return None, True
+    return meter.of_epoch(), stop
 
 
 def _update(setup: Setup, state: State, raw: Batch, counted: int) -> tuple[torch.Tensor, float]:

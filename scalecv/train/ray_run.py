@@ -16,7 +16,7 @@ from ray.train import UserCallback
 from scalecv.artifacts.callback import SpoolCallback
 from scalecv.config import Scale
 from scalecv.errors import ScalecvError
-from scalecv.train.worker import Job
+from scalecv.train.job import Job, Place
 
 LOST = ("gloo", "nccl", "connection closed by peer", "connection reset", "store->get", "broken pipe", "timed out")
 """What a rank says when another one is gone: not its own error."""
@@ -48,7 +48,6 @@ def run(job: Job, scale: Scale, spool: str, *, use_gpu: bool, code_dirs: tuple[s
 
     Raises: ScalecvError: what a worker raised, or that workers were lost more often than scale.max_failures.
     """
-    import torch  # noqa: F401  # before ray.train.torch, whose import is slow without it
     from ray.train.torch import TorchConfig, TorchTrainer
 
     with tempfile.TemporaryDirectory(prefix="scalecv-ray-") as folder, _quiet():
@@ -96,7 +95,7 @@ def _rank(config: dict[str, Any]) -> None:
     """What Ray Train calls in each worker."""
     from ray.train.torch import get_device
 
-    from scalecv.train.worker import Place, work
+    from scalecv.train.worker import work
 
     context = ray.train.get_context()
     place = Place(

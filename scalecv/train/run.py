@@ -64,6 +64,7 @@ def train(
     Raises: UserError: wrong input, nothing was started. Interrupted: stopped on request, state saved.
         ScalecvError: the run failed.
     """
+    experiment = same_everywhere(experiment)
     uri = tracking.tracking_uri(experiment.track.uri)
     trouble = tracking.probe(uri)
     storage.check_writable(runs.home(experiment))
@@ -74,7 +75,7 @@ def train(
         if (run.result and run.result["epochs"] >= experiment.train.epochs) or (
             run.result and run.result["status"] == "stopped"
         ):
-            return Result(**{**run.result, "is_continued": True, "was_complete": True})
+            return _complete(experiment, run, uri, patience_s=5 if trouble else 60)
         if run.goes_on:
             tell({"kind": "progress", "message": f"goes on with {run.uri} (--new starts over)"})
         if trouble:
@@ -94,12 +95,18 @@ def _record_and_run(
     path = folder / "spool.jsonl"
     begin = path.stat().st_size if path.exists() else 0
     _introduce(experiment, run, path)
-    sender = tracking.Sender(
-        path, folder / "spool.sent.json", uri, experiment.track.experiment, experiment.name, run.key, _tags(experiment)
-    )
+    senders: list[tracking.Sender] = []
     results: list[Event] = []
 
+    def start_sending() -> tracking.Sender:
+        if not senders:
+            where = (path, folder / "spool.sent.json", uri, experiment.track.experiment, experiment.name)
+            senders.append(tracking.Sender(*where, run.key, _tags(experiment)))
+        return senders[0]
+
     def hear(event: Event) -> None:
+        if "step" in event or "is_epoch_end" in event:
+            start_sending()  # not earlier: importing MLflow would take the cores that the workers start on
         if event["kind"] == "result":
             results.append(event)
         tell(event)
@@ -121,6 +128,7 @@ def _record_and_run(
         raise Interrupted(f"stopped at once; the same command goes on from the last checkpoint in {run.uri}") from None
     finally:
         spool.append(path, {"kind": "end", "status": status})
+        sender = start_sending()
         if not sender.close(timeout_s=patience_s if status == "FINISHED" else min(5, patience_s)):
             tell({"kind": "progress", "message": sender.waiting()})
     result = Result(
@@ -134,6 +142,16 @@ def _record_and_run(
     )
     storage.put(storage.join(run.uri, "result.json"), json.dumps(asdict(result), indent=1).encode())
     return result
+
+
+def _complete(experiment: Experiment, run: runs.Run, uri: str, patience_s: float) -> Result:
+    """The result of a run that has ended; what MLflow missed of it is sent now."""
+    folder = runs.local_folder(run)
+    where = (folder / "spool.jsonl", folder / "spool.sent.json", uri, experiment.track.experiment, experiment.name)
+    sender = tracking.Sender(*where, run.key, _tags(experiment))
+    sender.close(patience_s)
+    told = {**(run.result or {}), "is_continued": True, "was_complete": True}
+    return Result(**{**told, "run_id": sender.run_id or told["run_id"]})
 
 
 RESULT_KEYS = (
@@ -193,7 +211,7 @@ def _run_workers(experiment: Experiment, run: runs.Run, path: str, code_dirs: tu
     use_gpu = scale.gpu == "yes" or (scale.gpu == "auto" and runtime.resources()[1] >= scale.workers)
     runtime.check_fits(scale.workers, scale.cpus_per_worker, use_gpu)
     from scalecv.train import ray_run
-    from scalecv.train.worker import Job
+    from scalecv.train.job import Job
 
     ray_run.run(
         Job(experiment, run.dataset.version, run.uri, reader), scale, path, use_gpu=use_gpu, code_dirs=code_dirs
@@ -203,7 +221,8 @@ def _run_workers(experiment: Experiment, run: runs.Run, path: str, code_dirs: tu
 def _run_here(experiment: Experiment, run: runs.Run, path: str, reader: str) -> None:
     import torch
 
-    from scalecv.train.worker import Job, Place, work
+    from scalecv.train.job import Job, Place
+    from scalecv.train.worker import work
 
     wants = experiment.scale.gpu
     device = "cuda" if wants != "no" and torch.cuda.is_available() else "cpu"

@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,29 +24,9 @@ from scalecv.tasks import TASKS, pictures
 from scalecv.tasks.evaluate import gather
 from scalecv.tasks.task import Task
 from scalecv.train import checkpoint, loop
+from scalecv.train.job import Job, Place
 from scalecv.train.loop import Event, Setup, State
 from scalecv.train.optim import Progress, build_optimizer
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every rank is given; plain data."""
-
-    experiment: Experiment
-    dataset_version: int
-    run: str
-    """URI of the run: checkpoints, pictures and the final bundle lie below it."""
-    reader: str
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where this rank runs."""
-
-    rank: int = 0
-    ranks: int = 1
-    ranks_on_node: int = 1
-    device: str = "cpu"
 
 
 def work(job: Job, place: Place, report: Callable[[list[Event]], None]) -> dict[str, Any]:
@@ -65,6 +44,8 @@ def work(job: Job, place: Place, report: Callable[[list[Event]], None]) -> dict[
     result = {"status": status, "epochs": state.epoch, "order_hash": order_hash(state.order_total)}
     if status != "interrupted":
         result |= _finish(setup, state, job, dataset, pixels)
+        hashes = {"data/order_hash": result["order_hash"], "weights_hash": result["weights_hash"]}
+        report([{"kind": "tags", "tags": hashes}])
     report([{"kind": "result", **result}])
     return result
 

@@ -1,0 +1,26 @@
+"""What a rank is given. Light to import: the driver and Ray's controller need it, and need no torch for it."""
+
+from dataclasses import dataclass
+
+from scalecv.config import Experiment
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every rank is given; plain data."""
+
+    experiment: Experiment
+    dataset_version: int
+    run: str
+    """URI of the run: checkpoints, pictures and the final bundle lie below it."""
+    reader: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this rank runs."""
+
+    rank: int = 0
+    ranks: int = 1
+    ranks_on_node: int = 1
+    device: str = "cpu"
