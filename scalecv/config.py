@@ -178,6 +178,8 @@ class Train(Frozen):
     """Largest norm of the gradient; empty does not clip."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the forward pass; what the device cannot do falls back to fp32 and says so."""
+    exact: bool = False
+    """The same weights, bit for bit, on 0, 1, 2 or 4 workers; slower, and without batch statistics."""
     channels_last: bool = False
     """Memory format channels_last, faster for convolutions on most devices."""
     compile: bool = False

@@ -6,6 +6,7 @@ from scalecv.errors import ConfigError, DataError
 from scalecv.models import task_of
 from scalecv.shards.manifest import Manifest
 from scalecv.tasks import TASKS
+from scalecv.train import exact
 
 KIND = {"classify": "label", "segment": "mask"}
 
@@ -29,6 +30,8 @@ def check(experiment: Experiment, manifest: Manifest) -> list[str]:
             "out, or choose bands with data.bands"
         )
     _batch(experiment, manifest)
+    if experiment.train.exact:
+        exact.check(experiment)
     return _notes(experiment, manifest, pixels)
 
 

@@ -2,7 +2,7 @@
 
 Every rank runs it with the same experiment; what is decided, is decided on numbers that were summed
 over all ranks, by rank 0. The state of a run is (epoch, step) and what a checkpoint holds; random
-numbers of the network (dropout) are a function of (seed, epoch, step, rank).
+numbers of the network (dropout) are a function of (seed, epoch, step, rank; in exact mode the logical shard).
 """
 
 import hashlib
@@ -25,6 +25,7 @@ from scalecv.models.losses import weighted
 from scalecv.schema import Batch
 from scalecv.tasks.evaluate import Evaluation, evaluate
 from scalecv.tasks.task import Task
+from scalecv.train import exact
 from scalecv.train.optim import Progress, learning_rate
 
 Event = dict[str, Any]
@@ -117,7 +118,7 @@ def _one_epoch(setup: Setup, state: State, batches: Epoch) -> tuple[dict[str, fl
     state.network.train()
     meter, stop = _Meter(setup, plan.steps, state.step), False
     for step, raw in batches:
-        torch.manual_seed(_seed(setup, state.epoch, step))
+        torch.manual_seed(_seed(setup, state.epoch, step, setup.rank))
         lr = learning_rate(train, state.epoch * plan.steps + step, plan.steps, state.progress.plateau_scale)
         for group in state.optimizer.param_groups:
             group["lr"] = lr
@@ -141,22 +142,18 @@ def _update(setup: Setup, state: State, raw: Batch, counted: int) -> tuple[torch
     The loss is divided by the valid rows of the whole global batch, so the result does not depend on how the
     batch is cut into ranks and micro-batches.
     """
-    experiment, train = setup.experiment, setup.experiment.train
+    train = setup.experiment.train
     batch = to_device(raw, setup.feeds["train"].pixels, setup.device, train.channels_last)
     rows = len(raw["id"])
-    size = train.micro_batch or rows
-    weights = experiment.loss.terms() or setup.task.default_loss(len(setup.feeds["train"].pixels.classes))
-    total = torch.zeros((), device=setup.device)
-    for first in range(0, rows, size):
-        micro = {k: v[first : first + size] for k, v in batch.items()}
-        last = first + size >= rows
-        with _no_sync(state.network, last=last):
-            with _autocast(setup):
-                logits = state.network(micro["image"])
-            terms = setup.task.losses(logits.float(), micro, experiment.loss, setup.class_weights)
-            loss = (weighted(terms, weights) * micro["valid"]).sum()
-            state.scaler.scale(loss * (setup.ranks / counted)).backward()
-        total += loss.detach()
+    if train.exact:
+
+        def backward(part: slice, shard: int) -> torch.Tensor:
+            torch.manual_seed(_seed(setup, state.epoch, state.step, shard))
+            return _backward(setup, state, batch, part, 1 / counted)
+
+        total = exact.gradients(state.model, rows, setup.rank, setup.ranks, backward)
+    else:
+        total = _backward(setup, state, batch, slice(0, rows), setup.ranks / counted)
     state.scaler.unscale_(state.optimizer)
     limit = train.clip_norm if train.clip_norm is not None else float("inf")
     norm = float(torch.nn.utils.clip_grad_norm_(state.model.parameters(), limit))
@@ -170,6 +167,23 @@ def _update(setup: Setup, state: State, raw: Batch, counted: int) -> tuple[torch
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
     return total, norm
+
+
+def _backward(setup: Setup, state: State, batch: dict[str, Any], rows: slice, scale: float) -> torch.Tensor:
+    """Add the gradient of some rows, micro-batch by micro-batch; the sum of their losses."""
+    experiment, size = setup.experiment, setup.experiment.train.micro_batch or rows.stop - rows.start
+    weights = experiment.loss.terms() or setup.task.default_loss(len(setup.feeds["train"].pixels.classes))
+    total = torch.zeros((), device=setup.device)
+    for first in range(rows.start, rows.stop, size):
+        micro = {k: v[first : min(first + size, rows.stop)] for k, v in batch.items()}
+        with _no_sync(state.network, last=first + size >= rows.stop):
+            with _autocast(setup):
+                logits = state.network(micro["image"])
+            terms = setup.task.losses(logits.float(), micro, experiment.loss, setup.class_weights)
+            loss = (weighted(terms, weights) * micro["valid"]).sum()
+            state.scaler.scale(loss * scale).backward()
+        total += loss.detach()
+    return total
 
 
 def _no_sync(network: torch.nn.Module, *, last: bool) -> Any:
@@ -323,8 +337,8 @@ def _autocast(setup: Setup) -> Any:
     return torch.autocast(setup.device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
 
 
-def _seed(setup: Setup, epoch: int, step: int) -> int:
-    key = f"{setup.experiment.seed}|{epoch}|{step}|{setup.rank}".encode()
+def _seed(setup: Setup, epoch: int, step: int, part: int) -> int:
+    key = f"{setup.experiment.seed}|{epoch}|{step}|{part}".encode()
     return int.from_bytes(hashlib.sha256(key).digest()[:8], "little") >> 1
 
 

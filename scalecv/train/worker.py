@@ -33,7 +33,8 @@ def work(job: Job, place: Place, report: Callable[[list[Event]], None]) -> dict[
     """Run one rank from start, or from the newest checkpoint, to the end; the result, equal on all ranks."""
     experiment = job.experiment
     cores = os.cpu_count() or 1
-    torch.set_num_threads(experiment.train.threads or max(1, cores // place.ranks_on_node))
+    share = 1 if experiment.train.exact else max(1, cores // place.ranks_on_node)
+    torch.set_num_threads(experiment.train.threads or share)
     dataset = open_dataset(experiment.data.uri, job.dataset_version)
     task = TASKS[experiment.task]
     pixels = pixels_of(dataset.manifest, experiment.data, experiment.data.uri)
@@ -117,7 +118,7 @@ def _start(setup: Setup, job: Job, place: Place, pixels: Pixels) -> tuple[State,
         _restore(state, parts, place)
         notes.append(f"goes on from epoch {state.epoch}, step {state.step} ({found.uri})")
     network: torch.nn.Module = model
-    if place.ranks > 1:
+    if place.ranks > 1 and not train.exact:
         ids = [setup.device.index or 0] if setup.device.type == "cuda" else None
         network = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
     state.network = torch.compile(network) if train.compile else network  # type: ignore[assignment]

@@ -31,6 +31,12 @@ def test_0_1_and_2_workers_see_the_same_and_learn_the_same(shapes):
     assert weights(results[0]).keys() == weights(results[2]).keys(), "no prefix of DDP stays in a bundle"
 
 
+def test_exact_gives_the_same_bits_on_0_1_and_2_workers(shapes):
+    """AdamW and dropout-free GroupNorm: where plain DDP differs, `train.exact` does not."""
+    results = [train(shapes(name=f"x{n}", scale__workers=n, model__norm="group", train__exact=True)) for n in (0, 2)]
+    assert len({(r.weights_hash, r.order_hash) for r in results}) == 1
+
+
 def test_from_s3_as_from_disk(shapes, s3, tmp_path):
     make.shapes(tmp_path / "images")
     bucket = s3.bucket()

@@ -188,6 +188,34 @@ def test_accumulation_equals_one_batch(shapes):
     assert max(float((a[k] - b[k]).abs().max()) for k in a) < 1e-5
 
 
+def test_exact_does_not_depend_on_what_is_beside_it(shapes):
+    """Twice the same, and the same after a stop in the middle."""
+    keys = {"train__exact": True, "model__norm": "group"}
+    quiet = train(shapes(name="quiet", **keys))
+    experiment = shapes(name="stopped", **keys)
+
+    def stop(event):
+        if event.get("is_epoch_end") and event["epoch"] == 1:
+            (Path(runs.home(experiment)) / "001" / "STOP").write_bytes(b"stop")
+
+    with pytest.raises(Interrupted):
+        train(experiment, tell=stop)
+    assert train(experiment).weights_hash == quiet.weights_hash
+
+
+def test_a_stop_at_the_end_of_an_epoch_is_heard(shapes):
+    """An epoch of five steps and a point every hundred: the only place to stop is the epoch's end."""
+    experiment = shapes(track__log_every=100)
+
+    def stop(event):
+        if event.get("is_epoch_end") and event["epoch"] == 1:
+            (Path(runs.home(experiment)) / "001" / "STOP").write_bytes(b"stop")
+
+    with pytest.raises(Interrupted):
+        train(experiment, tell=stop)
+    assert train(experiment).epochs == 3
+
+
 def test_bf16_channels_last_clipping_and_class_weights(shapes):
     result = train(
         shapes(train__precision="bf16", train__channels_last=True, train__clip_norm=1.0, loss__cross_entropy=1.0,
@@ -238,6 +266,9 @@ def test_nan_stops_before_the_update(shapes):
         ({"model__arch": "resnet19"}, ConfigError, ["resnet19", "resnet18"]),
         ({"train__batch": 1, "model__norm": "batch"}, ConfigError, ["one image at a time", "model.norm=group"]),
         ({"loss__bce": 1.0}, ConfigError, ["bce"]),
+        ({"train__exact": True}, ConfigError, ["model.norm=batch", "group or frozen"]),
+        ({"train__exact": True, "model__norm": "group", "train__batch": 18}, ConfigError, ["train.batch=18"]),
+        ({"track__uri": "http://me:secret@127.0.0.1:1"}, ConfigError, ["MLFLOW_TRACKING_USERNAME"]),
         ({"track__storage": "/proc/nowhere"}, UserError, ["/proc/nowhere"]),
         ({"track__uri": "redis://x"}, UserError, ["redis"]),
     ],
@@ -247,6 +278,7 @@ def test_what_cannot_work_is_refused_before_it_starts(shapes, keys, kind, words)
         train(shapes(**keys))
     assert said.value.exit_code == 2
     assert all(word in str(said.value) for word in words), said.value
+    assert "secret" not in str(said.value)
 
 
 def test_mlflow_away_is_no_reason_to_stop(shapes, monkeypatch):

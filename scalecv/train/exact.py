@@ -1,0 +1,82 @@
+"""Gradients that are the same bits on 1, 2 or 4 workers: fixed logical shards, summed in one fixed tree.
+
+Plain DDP adds what each rank computed, so another number of ranks adds in another order and rounds otherwise; an
+optimiser such as Adam makes that visible within one epoch. Here a global batch is always cut into SHARDS parts, each
+part runs alone with random numbers of its own, and the parts are added as a binary tree: ((0 + 1) + (2 + 3)).
+A rank owns neighbouring parts, so its own sum is a node of that tree. What it costs: smaller batches in each
+forward pass, a fixed number of threads (one, unless train.threads says otherwise), and all gradients gathered
+instead of reduced.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import distributed as dist
+
+from scalecv.config import Experiment
+from scalecv.errors import ConfigError
+
+SHARDS = 4
+
+
+def check(experiment: Experiment) -> None:
+    """Refuse what cannot be exact.
+
+    Raises: ConfigError: with the reason and what to set instead.
+    """
+    train, workers = experiment.train, max(1, experiment.scale.workers)
+    if experiment.model.norm in ("batch", "sync"):
+        raise ConfigError(
+            f"train.exact=true with model.norm={experiment.model.norm}: batch statistics depend on how a batch is cut; "
+            "set model.norm=group or frozen"
+        )
+    if SHARDS % workers:
+        raise ConfigError(f"train.exact=true works on 1, 2 or {SHARDS} workers, not on scale.workers={workers}")
+    if train.batch % SHARDS:
+        raise ConfigError(
+            f"train.exact=true cuts a batch into {SHARDS}: train.batch={train.batch} is no multiple of it"
+        )
+    if train.micro_batch and train.batch // SHARDS % train.micro_batch:
+        raise ConfigError(
+            f"train.exact=true: train.micro_batch={train.micro_batch} does not divide the {train.batch // SHARDS} images "
+            f"of a logical shard (train.batch={train.batch} in {SHARDS} parts)"
+        )
+    if train.precision == "fp16":
+        raise ConfigError("train.exact=true with train.precision=fp16: the loss scale is not kept; set bf16 or fp32")
+
+
+def gradients(
+    model: torch.nn.Module, rows: int, rank: int, ranks: int, backward: Callable[[slice, int], torch.Tensor]
+) -> torch.Tensor:
+    """Leave the gradient of the whole global batch in `model`, the same bits on every rank and for any number of ranks.
+
+    Args:
+        model: its gradients are written over.
+        rows: rows of this rank.
+        rank: this rank.
+        ranks: how many there are; divides SHARDS.
+        backward: computes the gradient of some of this rank's rows for a logical shard; returns the sum of losses.
+    Returns: sum of the losses of this rank's rows.
+    """
+    mine, size = SHARDS // ranks, rows // (SHARDS // ranks)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    parts, total = [], torch.zeros((), device=parameters[0].device)
+    for part in range(mine):
+        model.zero_grad(set_to_none=True)
+        total += backward(slice(part * size, (part + 1) * size), rank * mine + part)
+        flat = [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in parameters]
+        parts.append(torch.cat(flat))
+    whole = _tree(parts)
+    if ranks > 1:
+        everyone = [torch.empty_like(whole) for _ in range(ranks)]
+        dist.all_gather(everyone, whole)
+        whole = _tree(everyone)
+    for parameter, gradient in zip(parameters, torch.split(whole, [p.numel() for p in parameters]), strict=True):
+        parameter.grad = gradient.view_as(parameter).clone()
+    return total
+
+
+def _tree(parts: list[torch.Tensor]) -> torch.Tensor:
+    while len(parts) > 1:
+        parts = [parts[at] + parts[at + 1] for at in range(0, len(parts), 2)]
+    return parts[0]
