@@ -1,6 +1,6 @@
 """`python -m scalecv` is `scalecv`."""
 
-from scalecv.cli import main
+from scalecv.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -41,7 +41,7 @@ def commands(text: str) -> list[list[str]]:
 
 def verbs() -> dict[str, set[str]]:
     """Each verb of the command line ("data show" has two words) with its options."""
-    from scalecv.cli import app
+    from scalecv.cli.main import app
 
     def walk(command: object, name: str) -> None:
         below = getattr(command, "commands", None)

@@ -38,8 +38,8 @@ def check(experiment: Experiment) -> None:
         )
     if train.micro_batch and train.batch // SHARDS % train.micro_batch:
         raise ConfigError(
-            f"train.exact=true: train.micro_batch={train.micro_batch} does not divide the {train.batch // SHARDS} images "
-            f"of a logical shard (train.batch={train.batch} in {SHARDS} parts)"
+            f"train.exact=true: train.micro_batch={train.micro_batch} does not divide the {train.batch // SHARDS} "
+            f"images of a logical shard (train.batch={train.batch} in {SHARDS} parts)"
         )
     if train.precision == "fp16":
         raise ConfigError("train.exact=true with train.precision=fp16: the loss scale is not kept; set bf16 or fp32")

@@ -21,7 +21,7 @@ from torchvision.transforms import v2
 def loader(folder: str, size: int, batch: int, workers: int, is_training: bool) -> DataLoader:
     steps = [v2.RGB(), v2.ToImage(), v2.Resize((size, size), antialias=True)]
     if is_training:
-        steps += [v2.RandomAffine(10, (0.08, 0.08), (0.85, 1.15), v2.InterpolationMode.BILINEAR)]
+        steps += [v2.RandomAffine(10, (0.08, 0.08), (0.85, 1.15), interpolation=v2.InterpolationMode.BILINEAR)]
         steps += [v2.ColorJitter(brightness=0.4, contrast=0.4)]
     steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.33, 0.31, 0.32], [0.27, 0.26, 0.27])]
     data = datasets.ImageFolder(folder, v2.Compose(steps))

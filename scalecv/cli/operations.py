@@ -1,0 +1,79 @@
+"""Verbs around experiments: doctor, ui, sync, submit."""
+
+import sys
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from scalecv.cli.output import Json, json_stream, print_json
+
+
+def doctor(
+    storage: Annotated[list[str] | None, typer.Argument(help="URIs to try to read and write.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Look at Ray, token, storage, disk, MLflow and GPU: one line each, and what to do."""
+    from scalecv.doctor import checks
+
+    found = checks(storage or [])
+    if as_json:
+        print_json({"ok": all(c.ok is not False for c in found), "checks": [asdict(c) for c in found]})
+    else:
+        marks = {True: "ok  ", False: "BAD ", None: "note"}
+        for check in found:
+            sys.stdout.write(
+                f"{marks[check.ok]}  {check.name:10} {check.found}{'  -> ' + check.do if check.do else ''}\n"
+            )
+    if any(check.ok is False for check in found):
+        raise typer.Exit(1)
+
+
+def sync(
+    folder: Annotated[str, typer.Argument(help="Where runs lie (track.storage).")] = "runs",
+    uri: Annotated[str | None, typer.Option(help="MLflow store; the one of each run by default.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Send what waits in the spools of runs to MLflow."""
+    from scalecv.artifacts.tracking import sync as run
+    from scalecv.train.runs import cache_folder
+
+    done, waiting = (a + b for a, b in zip(run(folder, uri=uri), run(cache_folder(), uri=uri), strict=True))
+    if as_json:
+        print_json({"sent": done, "waiting": waiting})
+    else:
+        sys.stderr.write(f"{done} runs are recorded, {waiting} still wait for MLflow\n")
+    if waiting:
+        raise typer.Exit(1)
+
+
+def ui(
+    uri: Annotated[
+        str | None, typer.Option(help="MLflow store; MLFLOW_TRACKING_URI or ./mlruns.db by default.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 5000,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Listen on another address without a login.")] = False,
+) -> None:
+    """Open the MLflow UI on the store in use, on this machine only."""
+    from scalecv.ui import serve_ui
+
+    raise typer.Exit(serve_ui(uri, host, port, insecure=insecure))
+
+
+def submit(
+    context: typer.Context,
+    verb: Annotated[str, typer.Argument(help="The verb to run there, with its arguments.")],
+    address: Annotated[
+        str | None, typer.Option(help="Job server, http://HOST:8265; RAY_API_SERVER_ADDRESS by default.")
+    ] = None,
+    follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Stream the lines and wait for the end.")] = True,
+    env: Annotated[list[str] | None, typer.Option(help="Name of a variable to hand on.")] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Accept a remote cluster without a token.")] = False,
+) -> None:
+    """Run the same command as a job of a Ray cluster."""
+    from scalecv.submit import submit as run
+
+    raise typer.Exit(
+        run([verb, *context.args], address, follow=follow, env=env or [], insecure=insecure, out=json_stream())
+    )
