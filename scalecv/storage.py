@@ -238,12 +238,24 @@ def list_entries(uri: str) -> Iterator[Entry]:
     import obstore
 
     prefix = place.path + "/" if place.path else ""
-    pages = iter(obstore.list(_store(place.scheme, place.bucket), prefix=place.path or None, chunk_size=1000))
-    while True:
-        page = _persist(uri, lambda: next(pages, None))
-        if page is None:
-            return
-        for meta in page:
+    store, last = _store(place.scheme, place.bucket), ""
+
+    def pages_after(key: str) -> Any:
+        return iter(obstore.list(store, prefix=place.path or None, offset=key or None, chunk_size=1000))
+
+    pages = pages_after(last)
+
+    def page() -> Any:
+        nonlocal pages
+        try:
+            return next(pages, None)
+        except Exception:
+            pages = pages_after(last)  # a stream that failed once would say that it has ended
+            raise
+
+    while (found := _persist(uri, page)) is not None:
+        for meta in found:
+            last = max(last, meta["path"])
             path = meta["path"].removeprefix(prefix)
             if not any(part.startswith(".") for part in path.split("/")):
                 yield Entry(path, meta["size"], meta["e_tag"] or "")
@@ -299,7 +311,7 @@ def _place(uri: str) -> _Place:
     if scheme == "file":
         return _Place("file", "", os.path.abspath(unquote(rest)))
     bucket, _, path = rest.partition("/")
-    if not bucket or "@" in bucket or "?" in uri.partition("://")[2].partition("/")[0]:
+    if not bucket or "@" in bucket or "?" in rest or "#" in bucket:
         raise UserError(
             f"{without_secrets(uri)}: expected {scheme}://BUCKET/PATH, credentials come from the environment"
         )

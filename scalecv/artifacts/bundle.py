@@ -45,6 +45,7 @@ class PixelFacts(Frozen):
     color: str
     channels: int
     dtype: str
+    source_dtype: str
     size_px: int | None
     resize: str
     mean: tuple[float, ...]
@@ -73,6 +74,7 @@ class Facts(Frozen):
     classes: tuple[str, ...]
     data: DataFacts
     loss: dict[str, float | str] = {}
+    """The loss section of the experiment."""
     metrics: dict[str, float] = {}
     epoch: int = Field(0, ge=0)
     weights_hash: str

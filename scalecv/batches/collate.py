@@ -46,6 +46,9 @@ def sample(
 
 def _channels(array: np.ndarray, nodata: float | None, how: Pixels) -> tuple[np.ndarray, np.ndarray | None]:
     """The wanted channels in the wanted dtype, and where pixels are missing (bool [H, W] or None)."""
+    missing = _missing(array, nodata)
+    if missing is not None:
+        array = np.where(missing[..., None], np.zeros((), array.dtype), array)
     if how.color != "native":
         if array.dtype == np.uint16:
             array = (array >> 8).astype(np.uint8)
@@ -54,15 +57,19 @@ def _channels(array: np.ndarray, nodata: float | None, how: Pixels) -> tuple[np.
             array = (array @ np.array([0.299, 0.587, 0.114])).round().astype(np.uint8)[..., None]
     if how.bands:
         array = array[..., [b - 1 for b in how.bands]]
-    missing: np.ndarray | None = None
-    if nodata is not None or array.dtype.kind == "f":
-        bad: np.ndarray = ~np.isfinite(array) if array.dtype.kind == "f" else np.zeros(array.shape, bool)
-        if nodata is not None and np.isfinite(nodata):
-            bad = bad | (array == nodata)
-        if bad.any():
-            array = np.where(bad, np.asarray(how.mean).astype(array.dtype), array)
-            missing = np.asarray(bad.any(-1))
+    if missing is not None:
+        array = np.where(missing[..., None], np.asarray(how.mean).astype(array.dtype), array)
     return np.array(array, dtype=how.dtype, order="C"), missing  # a copy: decoders hand out read-only memory
+
+
+def _missing(array: np.ndarray, nodata: float | None) -> np.ndarray | None:
+    """Where some band is not finite or all bands are nodata, bool [H, W]; None where nothing is missing."""
+    bad = np.zeros(array.shape[:2], bool)
+    if array.dtype.kind == "f":
+        bad |= ~np.isfinite(array).all(-1)
+    if nodata is not None and np.isfinite(nodata):
+        bad |= np.asarray((array == nodata).all(-1))
+    return bad if bad.any() else None
 
 
 def _classes(values: np.ndarray, how: Pixels) -> np.ndarray:

@@ -20,6 +20,8 @@ class Pixels:
     channels: int
     dtype: str
     """dtype of a batch: uint8, int16 or float32."""
+    source_dtype: str
+    """dtype of the files."""
     size_px: int | None
     resize: str
     mean: tuple[float, ...]
@@ -29,11 +31,6 @@ class Pixels:
     mask_values: tuple[int, ...] = ()
     mask_ignore: int | None = None
     augment: Augment = field(default_factory=Augment)
-
-    @property
-    def height_width(self) -> str:
-        """The size of an image, for messages."""
-        return f"{self.size_px}x{self.size_px}" if self.size_px else "native"
 
 
 def pixels_of(manifest: Manifest, data: Data, where: str) -> Pixels:
@@ -52,6 +49,11 @@ def pixels_of(manifest: Manifest, data: Data, where: str) -> Pixels:
         raise DataError(
             f"{where} holds images of several kinds ({found}): "
             "set data.color=rgb or gray for photographs, or ingest each kind into a dataset of its own"
+        )
+    if color != "native" and not all(kind.startswith(("uint8", "uint16")) for kind in kinds):
+        raise ConfigError(
+            f"data.color={color} is for photographs of 8 or 16 bits, {where} holds {', '.join(kinds)}: "
+            "leave data.color out, and choose bands with data.bands"
         )
     smallest, largest = manifest.sizes_px[:2], manifest.sizes_px[2:]
     if data.size_px is None and smallest != largest:
@@ -72,6 +74,7 @@ def pixels_of(manifest: Manifest, data: Data, where: str) -> Pixels:
         color=color,
         channels=len(mean),
         dtype=source_dtype if source_dtype in ("uint8", "int16") else "float32",
+        source_dtype=source_dtype,
         size_px=data.size_px,
         resize=data.resize,
         mean=tuple(mean.tolist()),

@@ -52,9 +52,9 @@ def ingest(
         append=append,
         group=group,
         split=split,
-        split_folders=dict(pair.partition("=")[::2] for pair in split_folder or []),
+        split_folders=_pairs(split_folder or []),
         csv=csv,
-        classes=tuple(classes.split(",")) if classes else (),
+        classes=tuple(name.strip() for name in classes.split(",")) if classes else (),
         mask_values=_integers(mask_values),
         mask_ignore=mask_ignore,
         max_bad=max_bad,
@@ -89,6 +89,13 @@ def _options(kind: Any, **given: Any) -> Any:
             said = problem["msg"].removeprefix("Value error, ")
             lines.append(f"{name} {problem['input']!r}: {said[0].lower()}{said[1:]}")
         raise ConfigError("\n".join(lines)) from None
+
+
+def _pairs(pairs: list[str]) -> dict[str, str]:
+    for pair in pairs:
+        if pair.partition("=")[2] not in ("train", "val", "test"):
+            raise ConfigError(f"--split-folder {pair!r}: expected FOLDER=train, FOLDER=val or FOLDER=test")
+    return dict(pair.partition("=")[::2] for pair in pairs)
 
 
 def _integers(text: str | None) -> tuple[int, ...]:

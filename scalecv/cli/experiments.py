@@ -25,8 +25,13 @@ def _experiment(path: str, overrides: list[str] | None) -> Any:
         text = resolved_experiment(path.removeprefix("runs:/"))
         return config.build(config.with_overrides(config.parse_yaml(text, path), given), path)
     experiment = config.load(path, given)
-    sys.path.insert(0, str(Path(path).resolve().parent))  # networks of the user's own stand beside the file
+    sys.path.append(str(Path(path).resolve().parent))  # networks of the user's own stand beside the file
     return experiment
+
+
+def _may_import(path: str, overrides: list[str] | None) -> bool:
+    """A file and the command line may name code; a record of MLflow may not."""
+    return not path.startswith("runs:/") or any(pair.startswith("model.arch=") for pair in overrides or [])
 
 
 def train(
@@ -43,7 +48,7 @@ def train(
     resolved = _experiment(experiment, overrides)
     display = Display(quiet=quiet)
     code = () if experiment.startswith("runs:/") else (str(Path(experiment).resolve().parent),)
-    result = run(resolved, new=new, code_dirs=code, tell=display)
+    result = run(resolved, new=new, code_dirs=code, allow_import=_may_import(experiment, overrides), tell=display)
     if as_json:
         print_json(asdict(result))
     else:
@@ -83,7 +88,8 @@ def evaluate(
     from scalecv.serve.evaluate import evaluate as run
 
     display = Display(quiet=quiet)
-    sys.path.insert(0, os.getcwd())
+    if allow_import:
+        sys.path.append(os.getcwd())
     result = run(
         model, dataset, split=split, version=version, batch=batch, to=to, allow_import=allow_import, tell=display
     )

@@ -9,7 +9,7 @@ import sys
 import typer
 
 from scalecv.cli import data, experiments, operations
-from scalecv.cli.output import keep_stdout_for_json
+from scalecv.cli.output import has_printed, keep_stdout_for_json, print_json
 from scalecv.errors import ScalecvError
 
 app = typer.Typer(
@@ -54,6 +54,8 @@ def main() -> None:
             code = _fail(f"{error.format_message()}. See scalecv --help", 2)
         else:
             raise
+    if code and "--json" in sys.argv and not has_printed():
+        print_json({"status": "interrupted" if code == 75 else "failed", "exit_code": code})
     sys.stderr.flush()
     sys.stdout.flush()
     sys.exit(code)

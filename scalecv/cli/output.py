@@ -11,6 +11,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
 _out: Any = sys.stdout
+_printed = False
 
 
 def keep_stdout_for_json() -> None:
@@ -25,7 +26,14 @@ def json_stream() -> Any:
     return _out
 
 
+def has_printed() -> bool:
+    """Whether a verb gave its JSON object already (a submitted job gives its own)."""
+    return _printed or "submit" in sys.argv[1:2]
+
+
 def print_json(value: Any) -> None:
     """The one JSON object of a verb."""
+    global _printed
+    _printed = True
     _out.write(json.dumps(value, default=str, allow_nan=True) + "\n")
     _out.flush()

@@ -77,7 +77,15 @@ def evaluate(
     feed = Feed(dataset, split, opened.pixels(), batch, threads=os.cpu_count() or 1)
     tell({"kind": "progress", "message": f"scoring {dataset.manifest.splits[split]:,} rows of {split} on {device}"})
     began = time.perf_counter()
-    checked = scoring.evaluate(opened.model.to(device), task, feed, device, loss=Loss(), pictures=16 if to else 0)
+    loss = Loss.model_validate(opened.facts.loss)
+    checked = scoring.evaluate(
+        opened.model.to(device),
+        task,
+        feed,
+        device,
+        loss=loss,
+        pictures=16 if to else 0,
+    )
     took = time.perf_counter() - began
     named = task.summarise(checked.sums, opened.facts.classes)
     metrics = {f"{split}/{name}": value for name, value in named.items()}
@@ -118,6 +126,19 @@ def _check(opened: bundle.Bundle, manifest: Any, where: str, split: str) -> None
             f"{where}: {split} has classes that the model does not know: {', '.join(strange[:5])}; it knows "
             f"{', '.join(facts.classes[:8])}{' …' if len(facts.classes) > 8 else ''}"
         )
+    if kind == "mask" and manifest.mask_values != facts.pixels.mask_values:
+        raise DataError(
+            f"{where} has the mask values {list(manifest.mask_values)}, the model was trained on "
+            f"{list(facts.pixels.mask_values)}: ingest it with --mask-values"
+        )
+    strange_dtypes = {seen.partition("x")[0] for seen in manifest.band_counts} - {facts.pixels.source_dtype}
+    if facts.pixels.color == "native" and strange_dtypes:
+        raise DataError(
+            f"{where} holds {', '.join(sorted(strange_dtypes))} images, the model was trained on "
+            f"{facts.pixels.source_dtype}: values would mean something else"
+        )
+    if facts.pixels.size_px is None and manifest.sizes_px[:2] != manifest.sizes_px[2:]:
+        raise DataError(f"{where} holds images of several sizes, and the model was trained without data.size_px")
     if facts.pixels.color == "native":
         bands = facts.pixels.bands
         needed = max(bands) if bands else facts.pixels.channels

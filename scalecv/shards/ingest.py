@@ -61,7 +61,8 @@ def ingest(options: IngestOptions, progress: Callable[[Progress], None] = lambda
         said += [f"{bad} images were set aside before and have not changed"] if bad else []
         if not plans.totals(collected)[0]:
             return _result(parent, clock, (*said, "nothing new: no version was made"), new_rows=0)
-    said += plans.assign_splits(collected, shares, options.split is not None)
+    held_groups = _held_groups(parent) if options.append and parent is not None else None
+    said += plans.assign_splits(collected, shares, options.split is not None, held_groups)
     exact, loose = plans.identity(collected, settings, options.shard_mb)
     if parent is not None and not options.append:
         there = _known(options, parent, exact, loose)
@@ -285,6 +286,14 @@ def _held_paths(dataset: Dataset) -> Iterator[str]:
     for table in store.read_rows(dataset.uri, dataset.manifest.shards, ["image.path"]):
         for row in table.column("image").to_pylist():
             yield row["path"]
+
+
+def _held_groups(dataset: Dataset) -> Iterator[tuple[str, str]]:
+    """Each row's group with its split."""
+    for split in dataset.manifest.splits:
+        for table in store.read_rows(dataset.uri, dataset.manifest.shards_of(split), ["group"]):
+            for group in table.column("group").unique().to_pylist():
+                yield group, split
 
 
 def _set_aside(dataset: Dataset) -> Iterator[dict[str, Any]]:

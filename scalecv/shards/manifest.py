@@ -3,7 +3,7 @@
 import hashlib
 import json
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from scalecv.config import Frozen
 from scalecv.errors import DataError, IntegrityError
@@ -14,7 +14,7 @@ FORMAT = 1
 class Shard(Frozen):
     """One Parquet file."""
 
-    path: str
+    path: str = Field(pattern=r"^split=(train|val|test)/[0-9a-f]{64}\.parquet$")
     """Below the dataset: split=NAME/SHA256.parquet."""
     split: str
     size_bytes: int

@@ -170,16 +170,28 @@ def labels_of(plan: Collected) -> list[str]:
 
 
 @_disk()
-def assign_splits(plan: Collected, shares: tuple[float, float, float], given: bool) -> list[str]:
-    """Give every row a split: the source's own, else by the hash of its group; what there is to say of it.
+def assign_splits(
+    plan: Collected,
+    shares: tuple[float, float, float],
+    given: bool,
+    held: Iterable[tuple[str, str]] | None = None,
+) -> list[str]:
+    """Give every row a split: the source's own, else its group's, else by the hash of its group; what there is to say.
 
     Args:
         plan: the rows.
         shares: of train, val and test, for rows without a split.
         given: whether the user asked for these shares.
+        held: (group, split) of the version that this one is appended to; a group it holds stays in its split.
     """
     table, said = plan.table, []
     train, val, _ = shares
+    table.execute("CREATE TABLE held (grp TEXT, split TEXT, PRIMARY KEY (grp, split)) WITHOUT ROWID")
+    table.executemany("INSERT OR IGNORE INTO held VALUES (?, ?)", held or ())
+    table.execute(
+        "UPDATE rows SET split = (SELECT split FROM held WHERE held.grp = rows.grp LIMIT 1) "
+        "WHERE split IS NULL AND grp IN (SELECT grp FROM held)"
+    )
     named = {row[0] for row in table.execute("SELECT DISTINCT split FROM rows")} - {None}
     table.execute(
         "UPDATE rows SET split = CASE WHEN draw < ? THEN 'train' WHEN draw < ? THEN 'val' ELSE 'test' END "
@@ -188,8 +200,12 @@ def assign_splits(plan: Collected, shares: tuple[float, float, float], given: bo
     )
     carved = CARVED if not given else val / (train + val) if train + val else 0.0
     if "train" in named and "val" not in named and carved:
-        table.execute("UPDATE rows SET split = 'val' WHERE split = 'train' AND draw >= ?", (1 - carved,))
-    if (carved if named else val) and not _rows(table, "val") and _groups(table, "train") > 1:
+        table.execute(
+            "UPDATE rows SET split = 'val' WHERE split = 'train' AND draw >= ? "
+            "AND coalesce(grp, '') NOT IN (SELECT grp FROM held)",
+            (1 - carved,),
+        )
+    if held is None and (carved if named else val) and not _rows(table, "val") and _groups(table, "train") > 1:
         last = table.execute("SELECT max(draw) FROM rows WHERE split = 'train'").fetchone()
         table.execute("UPDATE rows SET split = 'val' WHERE split = 'train' AND draw = ?", last)
     if "train" in named and "val" not in named and (count := _rows(table, "val")):
@@ -202,8 +218,9 @@ def assign_splits(plan: Collected, shares: tuple[float, float, float], given: bo
     elif not _rows(table, "val"):
         said.append("no validation images: give more images, a val folder, or --split 80/10/10")
     leaks = table.execute(
-        "SELECT count(*), min(grp) FROM (SELECT grp FROM rows WHERE grp IS NOT NULL GROUP BY grp "
-        "HAVING count(DISTINCT split) > 1)"
+        "SELECT count(*), min(grp) FROM (SELECT grp FROM (SELECT grp, split FROM rows WHERE grp IS NOT NULL "
+        "UNION SELECT h.grp, h.split FROM held h JOIN rows r ON r.grp = h.grp) "
+        "GROUP BY grp HAVING count(DISTINCT split) > 1)"
     ).fetchone()
     if leaks[0]:
         said.append(f"{leaks[0]} groups lie in more than one split, such as {leaks[1]}: scores there may be too good")

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 from scalecv import storage
+from scalecv.errors import DataError
 from scalecv.sources.found import Found, LeftOut, grouping, is_image, split_named
 
 
@@ -22,6 +23,7 @@ def imagefolder(
     group_of = grouping(group)
     tops = storage.list_names(uri)
     has_splits = any(split_named(name, split_folders or {}) for name in tops)
+    others = [name for name in tops if not split_named(name, split_folders or {}) and "." not in name]
     for entry in storage.list_entries(uri):
         if not is_image(entry.path):
             yield LeftOut(entry.path, "not an image by its name")
@@ -35,6 +37,12 @@ def imagefolder(
                 yield LeftOut(entry.path, f"{top} is none of train, val, test")
                 continue
             folders = folders[1:]
+            if not folders and others:
+                top = entry.path.split("/")[0]
+                raise DataError(
+                    f"{storage.without_secrets(uri)}: images lie directly in {top}/, beside {', '.join(others[:4])}: if "
+                    "it is a class, put all classes below train/; if a split, put its classes in folders of their own"
+                )
         yield Found(
             entry.path,
             entry.size_bytes,

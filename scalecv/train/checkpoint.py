@@ -11,6 +11,7 @@ Which checkpoint is the newest is decided by these manifests alone.
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -93,7 +94,7 @@ def newest(run: str) -> tuple[Checkpoint, dict[str, bytes], list[str]] | tuple[N
 
 def best(found: list[Checkpoint], *, larger_is_better: bool = True) -> Checkpoint | None:
     """The checkpoint with the best metric; the earlier one where two are equal."""
-    scored = [c for c in found if c.metric is not None]
+    scored = [c for c in found if c.metric is not None and math.isfinite(c.metric)]
     if not scored:
         return None
     return max(scored, key=lambda c: ((c.metric or 0.0) if larger_is_better else -(c.metric or 0.0), -c.updates))

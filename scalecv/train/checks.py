@@ -2,12 +2,14 @@
 
 from scalecv.batches.pixels import Pixels, pixels_of
 from scalecv.config import Experiment
-from scalecv.errors import ConfigError, DataError
-from scalecv.models import task_of
+from scalecv.errors import ConfigError, DataError, nearest
 from scalecv.shards.manifest import Manifest
-from scalecv.tasks import TASKS
-from scalecv.train import exact
 
+MEASURES = {
+    "classify": ("loss", "accuracy", "macro_accuracy", "f1"),
+    "segment": ("loss", "iou", "f1", "accuracy", "macro_accuracy", "precision", "recall"),
+}
+PER_CLASS = ("recall_", "iou_")
 KIND = {"classify": "label", "segment": "mask"}
 
 
@@ -18,10 +20,6 @@ def check(experiment: Experiment, manifest: Manifest) -> list[str]:
     """
     where = experiment.data.uri
     _labels(experiment, manifest, where)
-    gives = task_of(experiment.model.arch)
-    if gives not in (experiment.task, None):
-        raise ConfigError(f"model.arch={experiment.model.arch} is a network to {gives}, the task is {experiment.task}")
-    TASKS[experiment.task].check(experiment.loss, len(manifest.classes))
     pixels = pixels_of(manifest, experiment.data, where)
     wanted = experiment.model.in_channels
     if wanted is not None and wanted != pixels.channels:
@@ -30,9 +28,24 @@ def check(experiment: Experiment, manifest: Manifest) -> list[str]:
             "out, or choose bands with data.bands"
         )
     _batch(experiment, manifest)
+    return _notes(experiment, manifest, pixels)
+
+
+def check_network(experiment: Experiment, manifest: Manifest) -> None:
+    """The part that needs torch: while it is imported, workers start already.
+
+    Raises: ConfigError: network or loss do not fit the task, or the recipe cannot be exact.
+    """
+    from scalecv.models import task_of
+    from scalecv.tasks import TASKS
+    from scalecv.train import exact
+
+    gives = task_of(experiment.model.arch)
+    if gives not in (experiment.task, None):
+        raise ConfigError(f"model.arch={experiment.model.arch} is a network to {gives}, the task is {experiment.task}")
+    TASKS[experiment.task].check(experiment.loss, len(manifest.classes))
     if experiment.train.exact:
         exact.check(experiment)
-    return _notes(experiment, manifest, pixels)
 
 
 def _labels(experiment: Experiment, manifest: Manifest, where: str) -> None:
@@ -71,6 +84,10 @@ def _batch(experiment: Experiment, manifest: Manifest) -> None:
         )
     if train.metric and not train.metric.startswith(("val/", "train/")):
         raise ConfigError(f"train.metric={train.metric}: expected a name such as val/accuracy or val/iou")
+    measure = (train.metric or "").partition("/")[2]
+    known = ("loss",) if (train.metric or "").startswith("train/") else MEASURES[experiment.task]
+    if train.metric and measure not in known and not measure.startswith(PER_CLASS):
+        raise ConfigError(f"train.metric={train.metric}: there is no {measure}{nearest(measure, known)}")
     if train.metric and train.metric.startswith("val/") and not manifest.splits.get("val"):
         raise ConfigError(
             f"train.metric={train.metric}, but {experiment.data.uri} has no val split ({_splits(manifest)})"

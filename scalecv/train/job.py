@@ -14,6 +14,9 @@ class Job:
     run: str
     """URI of the run: checkpoints, pictures and the final bundle lie below it."""
     reader: str
+    """threads, ray, or auto: Ray Data for splits that do not fit into the window."""
+    allow_import: bool = True
+    """Whether the network may be a function of the user's own; not for an experiment that came from a record."""
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,9 @@ class State:
     updates: int = 0
     order_total: int = 0
     """Sum over all rows seen of SHA-256(epoch, place, id); of this rank since the last gathering."""
+    epoch_loss: float = 0.0
+    """Sum of the losses of the rows seen in this epoch, over all ranks."""
+    epoch_rows: float = 0.0
     progress: Progress = field(default_factory=Progress)
     history: list[dict[str, float]] = field(default_factory=list)
 
@@ -77,6 +80,8 @@ class State:
             "step": self.step,
             "updates": self.updates,
             "order_total": f"{self.order_total:x}",
+            "epoch_loss": self.epoch_loss,
+            "epoch_rows": self.epoch_rows,
             "progress": asdict(self.progress),
             "history": self.history,
             "scaler": self.scaler.state_dict(),
@@ -133,7 +138,7 @@ def _one_epoch(setup: Setup, state: State, batches: Epoch) -> tuple[dict[str, fl
             if stop and step + 1 < plan.steps:
                 batches.close()
                 return None, True
-    return meter.of_epoch(), stop
+    return meter.of_epoch(state), stop
 
 
 def _update(setup: Setup, state: State, raw: Batch, counted: int) -> tuple[torch.Tensor, float]:
@@ -196,6 +201,7 @@ def _close_epoch(setup: Setup, state: State, told: dict[str, float]) -> None:
     train = setup.experiment.train
     began = time.perf_counter()
     scores = dict(told)
+    _same_buffers(state.model)
     if "val" in setup.feeds:
         checked = validate(setup, state.model, "val")
         scores |= summary(setup, checked, "val")
@@ -207,6 +213,7 @@ def _close_epoch(setup: Setup, state: State, told: dict[str, float]) -> None:
     progress = state.progress.after(value, state.epoch, train, larger_is_better=setup.larger_is_better)
     state.progress = _from_rank_0(progress)
     state.epoch, state.step = state.epoch + 1, 0
+    state.epoch_loss, state.epoch_rows = 0.0, 0.0
     state.history.append({"epoch": float(state.epoch), **scores})
     gather_order(state)
     setup.save(state, value)
@@ -221,6 +228,13 @@ def _close_epoch(setup: Setup, state: State, told: dict[str, float]) -> None:
         "left_s": took * (train.epochs - state.epoch),
     }
     setup.report([{"kind": "metrics", "step": state.updates, "time_ms": now, "metrics": scores}, line])
+
+
+def _same_buffers(model: torch.nn.Module) -> None:
+    """Give every rank rank 0's running statistics: they are what a checkpoint holds, so they are what is scored."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 def validate(setup: Setup, model: torch.nn.Module, split: str, pictures: int = 0) -> Evaluation:
@@ -263,7 +277,7 @@ class _Meter:
         self.began = self.last = time.perf_counter()
         self.loss = torch.zeros((), device=setup.device)
         self.rows = 0
-        self.epoch_loss, self.epoch_rows, self.wait_s, self.last_wait_s = 0.0, 0.0, 0.0, 0.0
+        self.rows_seen, self.wait_s, self.last_wait_s = 0.0, 0.0, 0.0
 
     def add(self, loss: torch.Tensor, rows: int) -> None:
         self.loss += loss
@@ -280,11 +294,8 @@ class _Meter:
             dist.all_reduce(sums)
         loss, rows, waited, stops = sums.tolist()
         took, self.last, self.last_wait_s = now - self.last, now, wait_s
-        self.epoch_loss, self.epoch_rows, self.wait_s = (
-            self.epoch_loss + loss,
-            self.epoch_rows + rows,
-            self.wait_s + waited,
-        )
+        self.rows_seen, self.wait_s = self.rows_seen + rows, self.wait_s + waited
+        state.epoch_loss, state.epoch_rows = state.epoch_loss + loss, state.epoch_rows + rows
         self.loss, self.rows = torch.zeros_like(self.loss), 0
         speed = rows / max(took, 1e-9)
         share = waited / self.setup.ranks / max(took, 1e-9)
@@ -320,12 +331,13 @@ class _Meter:
         steps_left = self.steps - state.step + (self.setup.experiment.train.epochs - state.epoch - 1) * self.steps
         return took / max(1, done) * steps_left
 
-    def of_epoch(self) -> dict[str, float]:
+    def of_epoch(self, state: State) -> dict[str, float]:
+        """The epoch's loss over all its rows, and speed and waiting since this process began with it."""
         took = time.perf_counter() - self.began
         return {
-            "train/loss": self.epoch_loss / max(1.0, self.epoch_rows),
+            "train/loss": state.epoch_loss / max(1.0, state.epoch_rows),
             "time/train_s": took,
-            "system/epoch_images_per_s": self.epoch_rows / max(took, 1e-9),
+            "system/epoch_images_per_s": self.rows_seen / max(took, 1e-9),
             "system/epoch_data_wait_share": self.wait_s / self.setup.ranks / max(took, 1e-9),
         }
 

@@ -37,7 +37,7 @@ def learning_rate(train: Train, update: int, steps_per_epoch: int, plateau_scale
     if train.schedule == "cosine":
         span = max(1.0, train.epochs * steps_per_epoch - warmup)
         return train.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, (update - warmup) / span)))
-    return train.lr * plateau_scale
+    return train.lr * (plateau_scale if train.schedule == "plateau" else 1.0)
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,9 @@ class Progress:
     def after(self, value: float, epoch: int, train: Train, *, larger_is_better: bool) -> "Progress":
         """The progress after one more validation."""
         sign = 1.0 if larger_is_better else -1.0
-        improved = self.best is None or sign * (value - self.best) > train.early_stop_min_delta
+        improved = math.isfinite(value) and (
+            self.best is None or sign * (value - self.best) > train.early_stop_min_delta
+        )
         if improved:
             return replace(self, best=value, best_epoch=epoch, since_best=0, plateau_wait=0)
         wait, scale = self.plateau_wait + 1, self.plateau_scale

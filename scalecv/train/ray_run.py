@@ -51,7 +51,15 @@ def run(job: Job, scale: Scale, spool: str, *, use_gpu: bool, code_dirs: tuple[s
     from ray.train.torch import TorchConfig, TorchTrainer
 
     with tempfile.TemporaryDirectory(prefix="scalecv-ray-") as folder, _quiet():
-        trainer = TorchTrainer(
+
+        class Trainer(TorchTrainer):  # type: ignore[misc]  # ray is untyped here
+            """Without the process that would manage Ray Datasets given to the trainer: ours read for themselves."""
+
+            def _create_default_callbacks(self) -> list[Any]:
+                made = super()._create_default_callbacks()
+                return [callback for callback in made if type(callback).__name__ != "DatasetsCallback"]
+
+        trainer = Trainer(
             _rank,
             train_loop_config={"job": job},
             torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),

@@ -13,9 +13,9 @@ from typing import Any
 from scalecv import storage
 from scalecv.artifacts import spool, tracking
 from scalecv.config import Experiment, dump, flatten
-from scalecv.errors import Interrupted, ScalecvError
+from scalecv.errors import ConfigError, Interrupted, ScalecvError
 from scalecv.train import runs
-from scalecv.train.checks import check
+from scalecv.train.checks import check, check_network
 
 Event = dict[str, Any]
 
@@ -52,6 +52,7 @@ def train(
     *,
     new: bool = False,
     code_dirs: tuple[str, ...] = (),
+    allow_import: bool = True,
     tell: Callable[[Event], None] = lambda _: None,
 ) -> Result:
     """Train an experiment to its end, going on from where an earlier command of the same name stopped.
@@ -60,17 +61,24 @@ def train(
         experiment: what to run.
         new: start over under the same name.
         code_dirs: folders whose modules the workers must find, such as the experiment's own.
+        allow_import: whether model.arch may name a function to import; False for an experiment out of a record.
         tell: called with each event, for a live display.
     Raises: UserError: wrong input, nothing was started. Interrupted: stopped on request, state saved.
         ScalecvError: the run failed.
     """
+    if ":" in experiment.model.arch and not allow_import:
+        raise ConfigError(
+            f"model.arch={experiment.model.arch} comes from a record and would import code: run the experiment's own "
+            "file, or name it on the command line"
+        )
     experiment = same_everywhere(experiment)
     uri = tracking.tracking_uri(experiment.track.uri)
     trouble = tracking.probe(uri)
     storage.check_writable(runs.home(experiment))
     with runs.lease(experiment):
-        run = runs.open_run(experiment, new=new)
-        for note in check(experiment, run.dataset.manifest):
+        notes: list[str] = []
+        run = runs.open_run(experiment, lambda d: notes.extend(check(experiment, d.manifest)), new=new)
+        for note in notes:
             tell({"kind": "progress", "message": note})
         if (run.result and run.result["epochs"] >= experiment.train.epochs) or (
             run.result and run.result["status"] == "stopped"
@@ -129,7 +137,8 @@ def _record_and_run(
     finally:
         spool.append(path, {"kind": "end", "status": status})
         sender = start_sending()
-        if not sender.close(timeout_s=patience_s if status == "FINISHED" else min(5, patience_s)):
+        all_sent = sender.close(timeout_s=patience_s if status == "FINISHED" else min(5, patience_s))
+        if not all_sent and status != "FAILED":
             tell({"kind": "progress", "message": sender.waiting()})
     result = Result(
         run_id=sender.run_id,
@@ -198,24 +207,27 @@ def _run_workers(experiment: Experiment, run: runs.Run, path: str, code_dirs: tu
     from scalecv import runtime
 
     reader = experiment.data.reader
-    if reader == "auto":
-        reader = "ray" if experiment.scale.workers else "threads"
+    if reader == "auto" and experiment.scale.workers == 0:
+        reader = "threads"
     storage.delete([storage.join(run.uri, "STOP")])
+    manifest = run.dataset.manifest
     if experiment.scale.workers == 0:
+        check_network(experiment, manifest)
         if reader == "ray":
             runtime.connect(code_dirs=code_dirs)
         _run_here(experiment, run, path, reader)
         return
-    runtime.connect(code_dirs=code_dirs)
     scale = experiment.scale
+    runtime.connect(code_dirs=code_dirs)
     use_gpu = scale.gpu == "yes" or (scale.gpu == "auto" and runtime.resources()[1] >= scale.workers)
     runtime.check_fits(scale.workers, scale.cpus_per_worker, use_gpu)
+    runtime.warm_up(scale.workers)
+    check_network(experiment, manifest)
     from scalecv.train import ray_run
     from scalecv.train.job import Job
 
-    ray_run.run(
-        Job(experiment, run.dataset.version, run.uri, reader), scale, path, use_gpu=use_gpu, code_dirs=code_dirs
-    )
+    job = Job(experiment, run.dataset.version, run.uri, reader)
+    ray_run.run(job, scale, path, use_gpu=use_gpu, code_dirs=code_dirs)
 
 
 def _run_here(experiment: Experiment, run: runs.Run, path: str, reader: str) -> None:

@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,8 +48,10 @@ def home(experiment: Experiment) -> str:
     return storage.join(storage.absolute(experiment.track.storage), experiment.name)
 
 
-def open_run(experiment: Experiment, *, new: bool = False) -> Run:
+def open_run(experiment: Experiment, approve: Callable[[Dataset], None], *, new: bool = False) -> Run:
     """The attempt to work on: the highest one if it fits the experiment, else a first or new one.
+
+    `approve` raises where the experiment cannot run on the data; then no attempt begins.
 
     Raises: ConfigError: the name is taken by another experiment, or the data changed under it.
     """
@@ -63,10 +65,13 @@ def open_run(experiment: Experiment, *, new: bool = False) -> Run:
             told = None  # a crash before the first word: take the number over
         if told is None:
             last -= 1
-        elif told["identity"] == experiment.identity() or storage.list_names(storage.join(uri, "checkpoints")):
-            return _go_on(experiment, uri, told)
-        # Else: another experiment that never saved anything, such as one with a mistake that was mended since.
+        elif storage.list_names(storage.join(uri, "checkpoints")) or _is_same(experiment, told):
+            run = _go_on(experiment, uri, told)
+            approve(run.dataset)
+            return run
+        # Else: an attempt that never saved anything, with a mistake in it or its data that was mended since.
     dataset = open_dataset(experiment.data.uri, experiment.data.version)
+    approve(dataset)
     uri, key = storage.join(home(experiment), f"{last + 1:03d}"), uuid.uuid4().hex
     told = {
         "key": key,
@@ -77,6 +82,14 @@ def open_run(experiment: Experiment, *, new: bool = False) -> Run:
     if not storage.put_if_absent(storage.join(uri, "run.json"), json.dumps(told, indent=1).encode()):
         raise UserError(f"{uri} was started by another command at the same moment: look at that one, or run again")
     return Run(uri, key, dataset, goes_on=False, result=None)
+
+
+def _is_same(experiment: Experiment, told: dict[str, Any]) -> bool:
+    """Whether an attempt was begun by this experiment on the data as it is now."""
+    now = open_dataset(experiment.data.uri, experiment.data.version)
+    return bool(
+        told["identity"] == experiment.identity() and told["dataset"]["fingerprint"] == now.manifest.fingerprint
+    )
 
 
 def _go_on(experiment: Experiment, uri: str, told: dict[str, Any]) -> Run:
@@ -142,7 +155,9 @@ def lease(experiment: Experiment) -> Iterator[None]:
     def renew() -> None:
         while not ended.wait(RENEW_S):
             with contextlib.suppress(Exception):
-                storage.put(uri, _ticket(nonce))
+                entry = storage.head(uri)
+                if entry and json.loads(storage.get(uri))["nonce"] == nonce:
+                    storage.put_if_match(uri, _ticket(nonce), entry.etag)  # never over somebody else's
 
     thread = threading.Thread(target=renew, name="lease", daemon=True)
     thread.start()

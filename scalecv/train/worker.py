@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from scalecv.batches.feed import Feed, decode_threads
 from scalecv.batches.pixels import Pixels, pixels_of
 from scalecv.batches.plan import order_hash
 from scalecv.config import Experiment
-from scalecv.errors import ConfigError
+from scalecv.errors import ConfigError, IntegrityError
 from scalecv.models import build_model, required_multiple
 from scalecv.models.facts import model_facts
 from scalecv.models.losses import balanced_weights
@@ -68,11 +69,11 @@ def _setup(
             is_training=split == "train",
             window_mb=experiment.data.window_mb,
             threads=decode_threads(experiment.data.decode_threads, place.ranks_on_node),
-            reader=job.reader,
         )
         for split, rows in manifest.splits.items()
         if rows
     }
+    feeds = {split: replace(feed, reader=_reader(job.reader, feed)) for split, feed in feeds.items()}
     weights = None
     if experiment.loss.class_weights == "balanced":
         counts = manifest.class_counts.get("train", {})
@@ -95,6 +96,13 @@ def _setup(
     )
 
 
+def _reader(wanted: str, feed: Feed) -> str:
+    """Ray Data where it pays: a split that fits into the window is read once, and starting Ray Data takes longer."""
+    if wanted == "auto":
+        return "threads" if feed.keeps else "ray"
+    return wanted
+
+
 def _start(setup: Setup, job: Job, place: Place, pixels: Pixels) -> tuple[State, list[str]]:
     """The state to go on from, and what there is to say about it."""
     experiment, train, notes = job.experiment, job.experiment.train, []
@@ -103,7 +111,7 @@ def _start(setup: Setup, job: Job, place: Place, pixels: Pixels) -> tuple[State,
     model = build_model(
         **call_of(experiment, setup.task, pixels).model_dump(),
         weights=experiment.model.weights,
-        allow_import=True,
+        allow_import=job.allow_import,
     ).to(setup.device)
     if train.channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -112,10 +120,10 @@ def _start(setup: Setup, job: Job, place: Place, pixels: Pixels) -> tuple[State,
     optimizer = build_optimizer(model, train)
     scaler = torch.amp.GradScaler(setup.device.type, enabled=train.precision == "fp16" and setup.device.type == "cuda")
     state = State(model, model, optimizer, scaler)
-    found, parts, skipped = checkpoint.newest(job.run)
+    found, parts, skipped = _chosen(lambda: checkpoint.newest(job.run))
     notes += [f"passed over {reason}" for reason in skipped]
-    if found and parts:
-        _restore(state, parts, place)
+    if found:
+        _restore(state, parts or checkpoint.read(found), place)
         notes.append(f"goes on from epoch {state.epoch}, step {state.step} ({found.uri})")
     network: torch.nn.Module = model
     if place.ranks > 1 and not train.exact:
@@ -123,6 +131,29 @@ def _start(setup: Setup, job: Job, place: Place, pixels: Pixels) -> tuple[State,
         network = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
     state.network = torch.compile(network) if train.compile else network  # type: ignore[assignment]
     return state, notes
+
+
+def _chosen(choose: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
+    """What rank 0 finds on storage, told to all ranks without the bytes: they never go on from different places."""
+    if not dist.is_initialized():
+        return choose()
+    mine: tuple[Any, ...] = choose() if dist.get_rank() == 0 else ()
+    box: list[Any] = [(mine[0], None, mine[2]) if mine else None]
+    dist.broadcast_object_list(box, src=0)
+    return mine or tuple(box[0])
+
+
+def _best(run: str, *, larger: bool) -> tuple[Any, None, list[str]]:
+    """The best checkpoint whose parts are as they were written, and what was passed over and why."""
+    found, skipped = checkpoint.complete(run)
+    while top := checkpoint.best(found, larger_is_better=larger):
+        try:
+            checkpoint.read(top)
+            return top, None, skipped
+        except IntegrityError as error:
+            skipped.append(str(error))
+            found = [one for one in found if one.uri != top.uri]
+    return None, None, skipped
 
 
 def _check_size(experiment: Experiment, pixels: Pixels, sizes_px: tuple[int, int, int, int]) -> None:
@@ -173,6 +204,7 @@ def _restore(state: State, parts: dict[str, bytes], place: Place) -> None:
     checkpoint.unpack_optimizer(state.optimizer, parts[checkpoint.TENSORS])
     told = json.loads(parts[checkpoint.STATE])
     state.epoch, state.step, state.updates = told["epoch"], told["step"], told["updates"]
+    state.epoch_loss, state.epoch_rows = told["epoch_loss"], told["epoch_rows"]
     state.order_total = int(told["order_total"], 16) if place.rank == 0 else 0
     state.progress = Progress(**told["progress"])
     state.history = told["history"]
@@ -195,7 +227,9 @@ def _facts(job: Job, dataset: Dataset, pixels: Pixels, state: State) -> dict[str
             version=dataset.version,
             fingerprint=dataset.manifest.fingerprint,
         ),
-        "loss": dict(experiment.loss.terms() or task.default_loss(len(pixels.classes))),
+        "loss": experiment.loss.model_copy(
+            update=experiment.loss.terms() or task.default_loss(len(pixels.classes))
+        ).model_dump(),
         "metrics": {name: value for name, value in last.items() if name != "epoch"},
         "epoch": state.epoch,
     }
@@ -204,13 +238,14 @@ def _facts(job: Job, dataset: Dataset, pixels: Pixels, state: State) -> dict[str
 def _finish(setup: Setup, state: State, job: Job, dataset: Dataset, pixels: Pixels) -> dict[str, Any]:
     """Load the best weights, score val and test with them, and leave bundle, tables and pictures."""
     last_hash = bundle.weights_hash(state.model.state_dict())
-    found, _ = checkpoint.complete(job.run)
-    top = checkpoint.best(found, larger_is_better=setup.larger_is_better)
+    top, _, skipped = _chosen(lambda: _best(job.run, larger=setup.larger_is_better))
+    best_epoch = state.epoch
     if top:
         facts = bundle.read_facts(top.uri)
         state.model.load_state_dict(bundle.read_weights(top.uri, facts))
+        best_epoch = facts.epoch
     metrics: dict[str, float] = {}
-    events: list[Event] = []
+    events: list[Event] = [{"kind": "progress", "message": f"passed over {reason}"} for reason in skipped]
     for split in ("val", "test"):
         if split in setup.feeds:
             checked = gather(
@@ -224,7 +259,7 @@ def _finish(setup: Setup, state: State, job: Job, dataset: Dataset, pixels: Pixe
     metrics |= {name: value for name, value in state.history[-1].items() if name.startswith("train/")}
     size = pixels.size_px
     shape = (pixels.channels, size or dataset.manifest.sizes_px[1], size or dataset.manifest.sizes_px[0])
-    told = _facts(job, dataset, pixels, state) | {"metrics": metrics, "epoch": state.progress.best_epoch + 1}
+    told = _facts(job, dataset, pixels, state) | {"metrics": metrics, "epoch": best_epoch}
     parts = bundle.parts(state.model.state_dict(), **told)
     uri = storage.join(job.run, "bundles", f"{state.updates:08d}-{json.loads(parts[bundle.FACTS])['weights_hash'][:8]}")
     if setup.rank == 0:
@@ -253,7 +288,7 @@ def _finish(setup: Setup, state: State, job: Job, dataset: Dataset, pixels: Pixe
         "bundle": uri,
         "images_per_s": sorted(speeds)[len(speeds) // 2],
         "data_wait_share": sorted(waits)[len(waits) // 2],
-        "best_epoch": state.progress.best_epoch + 1,
+        "best_epoch": best_epoch,
     }
 
 

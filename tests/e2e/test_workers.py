@@ -22,7 +22,8 @@ def largest_difference(a, b):
 
 
 def test_0_1_and_2_workers_see_the_same_and_learn_the_same(shapes):
-    results = {n: train(shapes(name=f"w{n}", scale__workers=n, **PLAIN)) for n in (0, 1, 2)}
+    readers = {0: "threads", 1: "auto", 2: "ray"}
+    results = {n: train(shapes(name=f"w{n}", scale__workers=n, data__reader=readers[n], **PLAIN)) for n in readers}
     assert len({r.order_hash for r in results.values()}) == 1, "the same ids in every global batch"
     assert len({r.metrics["val/rows"] for r in results.values()}) == 1
     assert len({r.metrics["test/rows"] for r in results.values()}) == 1

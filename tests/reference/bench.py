@@ -81,7 +81,8 @@ def report(rows: list[dict[str, float]], args: argparse.Namespace, threads: int)
         "",
         f"{time.strftime('%Y-%m-%d')}, {cpu()}, {threads} threads, Python {platform.python_version()}.",
         "ResNet-18 at 64 px, batch 64, AdamW, affine and brightness augmentation, GTSRB sample.",
-        f"{args.pairs} pairs of {args.epochs} epochs, each side in turn. Figures are images/s while training, median of the epochs of a run.",
+        f"{args.pairs} pairs of {args.epochs} epochs, each side in turn.",
+        "Figures are images/s while training, median of the epochs of a run.",
         "",
         "    make bench BENCH_ARGS='--folder GTSRB --pairs "
         f"{args.pairs} --epochs {args.epochs} --to docs/benchmarks/training_throughput.md'",

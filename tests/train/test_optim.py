@@ -51,6 +51,14 @@ def test_early_stopping_stops_at_the_exact_epoch():
     assert (stopped, progress.best, progress.best_epoch) == (7, 0.7, 4)
 
 
+def test_a_constant_rate_stays_constant_and_nan_is_never_best():
+    train, progress = Train(lr=0.1, schedule="constant", plateau_patience=0), Progress()
+    for epoch, value in enumerate([float("nan"), 0.5, 0.5, 0.5]):
+        progress = progress.after(value, epoch, train, larger_is_better=True)
+    assert progress.best == 0.5 and progress.best_epoch == 1
+    assert learning_rate(train, 100, 10, progress.plateau_scale) == 0.1
+
+
 def test_smaller_is_better_for_losses():
     progress = Progress().after(1.0, 0, Train(), larger_is_better=False).after(0.5, 1, Train(), larger_is_better=False)
     assert progress.best == 0.5

@@ -236,6 +236,17 @@ def test_early_stopping(shapes):
     assert train(shapes(train__epochs=20, train__early_stop_patience=1, train__early_stop_min_delta=2.0)).was_complete
 
 
+def test_a_mended_mistake_does_not_claim_the_name(shapes):
+    with pytest.raises(ConfigError, match="resnet19"):
+        train(shapes(model__arch="resnet19"))
+    assert train(shapes(train__epochs=1)).status == "finished"
+
+
+def test_a_record_does_not_import_code(shapes):
+    with pytest.raises(ConfigError, match="comes from a record"):
+        train(shapes(model__arch="os:getcwd", model__stem="default"), allow_import=False)
+
+
 def test_a_network_of_ones_own(shapes, tmp_path, monkeypatch):
     (tmp_path / "mynet.py").write_text(
         "from torch import nn\n"
@@ -263,6 +274,8 @@ def test_nan_stops_before_the_update(shapes):
         ({"model__in_channels": 5}, ConfigError, ["model.in_channels=5", "3 bands"]),
         ({"data__bands": [1, 4]}, ConfigError, ["data.bands=[1, 4]", "3 bands"]),
         ({"train__metric": "accuracy"}, ConfigError, ["train.metric=accuracy", "val/accuracy"]),
+        ({"train__metric": "val/acuracy"}, ConfigError, ["no acuracy", "accuracy"]),
+        ({"data__color": "gray", "data__bands": [2]}, ConfigError, ["data.bands=[2]"]),
         ({"model__arch": "resnet19"}, ConfigError, ["resnet19", "resnet18"]),
         ({"train__batch": 1, "model__norm": "batch"}, ConfigError, ["one image at a time", "model.norm=group"]),
         ({"loss__bce": 1.0}, ConfigError, ["bce"]),
