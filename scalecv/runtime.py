@@ -26,7 +26,6 @@ LOCAL_TRIMS = {
 SHOWS_WORKERS = os.environ.get("SCALECV_VERBOSE", "") not in ("", "0")
 """Whether the lines that workers print come to the terminal; they are in Ray's logs anyway."""
 _started = False
-_warming: list[Any] = []
 
 
 @dataclass(frozen=True)
@@ -95,27 +94,6 @@ def check_fits(workers: int, cpus_per_worker: float, gpu: bool) -> None:
             f"scale.workers={workers} needs {workers * cpus_per_worker:g} CPUs, the cluster has {cpus:g}: "
             f"{advice}, or add nodes"
         )
-
-
-def warm_up(processes: int) -> None:
-    """Let some of Ray's processes import what training needs, on cores that idle until the workers start.
-
-    Ray hands idle processes to the actors that come next. On 2 idle cores one process saves about 8 s; more
-    processes than cores to spare take the driver's and controller's time and save nothing.
-    """
-    import ray
-
-    def imports() -> None:
-        import contextlib
-        from importlib import import_module
-
-        for name in ("ray.train.torch", "torchvision.transforms.v2", "ray.data", "scalecv.train.worker"):
-            with contextlib.suppress(Exception):
-                import_module(name)
-
-    spare = max(1, int(resources()[0]) - 1)
-    remote = ray.remote(num_cpus=0, max_retries=0)(imports)
-    _warming[:] = [remote.remote() for _ in range(min(processes, spare))]
 
 
 def shutdown() -> None:

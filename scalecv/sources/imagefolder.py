@@ -40,7 +40,7 @@ def imagefolder(
             if not folders and others:
                 top = entry.path.split("/")[0]
                 raise DataError(
-                    f"{storage.without_secrets(uri)}: images lie directly in {top}/, beside {', '.join(others[:4])}: if "
+                    f"{storage.without_secrets(uri)}: images lie in {top}/ itself, beside {', '.join(others[:4])}: if "
                     "it is a class, put all classes below train/; if a split, put its classes in folders of their own"
                 )
         yield Found(

@@ -1,12 +1,11 @@
 """One run on Ray Train: worker processes, their failures, and what they report."""
 
-import contextlib
 import os
 import tempfile
 import threading
 import traceback
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -50,7 +49,9 @@ def run(job: Job, scale: Scale, spool: str, *, use_gpu: bool, code_dirs: tuple[s
     """
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    with tempfile.TemporaryDirectory(prefix="scalecv-ray-") as folder, _quiet():
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    with tempfile.TemporaryDirectory(prefix="scalecv-ray-") as folder:
 
         class Trainer(TorchTrainer):  # type: ignore[misc]  # ray is untyped here
             """Without the process that would manage Ray Datasets given to the trainer: ours read for themselves."""
@@ -174,22 +175,12 @@ def _environment(code_dirs: tuple[str, ...]) -> dict[str, Any]:
     return {"env_vars": variables} if variables else {}
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Ray Train's own lines off, its metrics and state tracking off: each costs a process or a second."""
-    wanted = {
-        "RAY_TRAIN_METRICS_ENABLED": "0",
-        "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "180",
-        "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    }
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update({name: value for name, value in wanted.items() if before[name] is None})
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
+QUIET = {
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "180",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+}
+"""Ray Train's metrics, state tracking and change of folder off: each costs a process, a second or a surprise."""

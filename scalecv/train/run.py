@@ -221,10 +221,10 @@ def _run_workers(experiment: Experiment, run: runs.Run, path: str, code_dirs: tu
     runtime.connect(code_dirs=code_dirs)
     use_gpu = scale.gpu == "yes" or (scale.gpu == "auto" and runtime.resources()[1] >= scale.workers)
     runtime.check_fits(scale.workers, scale.cpus_per_worker, use_gpu)
-    runtime.warm_up(scale.workers)
-    check_network(experiment, manifest)
     from scalecv.train import ray_run
     from scalecv.train.job import Job
+
+    check_network(experiment, manifest)
 
     job = Job(experiment, run.dataset.version, run.uri, reader)
     ray_run.run(job, scale, path, use_gpu=use_gpu, code_dirs=code_dirs)

@@ -1,5 +1,7 @@
 """One experiment on 0, 1 and 2 workers, from disk and from S3, with a worker lost on the way: the same result."""
 
+import sys
+
 import pytest
 import torch
 
@@ -30,12 +32,6 @@ def test_0_1_and_2_workers_see_the_same_and_learn_the_same(shapes):
     for n in (1, 2):
         assert largest_difference(weights(results[0]), weights(results[n])) < 1e-5, n
     assert weights(results[0]).keys() == weights(results[2]).keys(), "no prefix of DDP stays in a bundle"
-
-
-def test_exact_gives_the_same_bits_on_0_1_and_2_workers(shapes):
-    """AdamW and dropout-free GroupNorm: where plain DDP differs, `train.exact` does not."""
-    results = [train(shapes(name=f"x{n}", scale__workers=n, model__norm="group", train__exact=True)) for n in (0, 2)]
-    assert len({(r.weights_hash, r.order_hash) for r in results}) == 1
 
 
 def test_from_s3_as_from_disk(shapes, s3, tmp_path):
@@ -75,23 +71,25 @@ def build(in_channels, outputs, marker):
 """
 
 
-def test_a_killed_worker_is_started_again_and_the_weights_are_the_same(shapes, tmp_path):
-    """Rank 1 kills itself in the middle of epoch 2, once; Ray starts both again and they go on from the checkpoint."""
+def test_a_killed_worker_is_started_again_and_the_weights_are_those_of_one_process(shapes, tmp_path):
+    """Rank 1 kills itself in the middle of epoch 2, once; Ray starts both again from the checkpoint.
+
+    With `train.exact` the end is, bit for bit, that of an undisturbed run in one process (AdamW, where DDP differs).
+    """
     act = (
-        "if self.calls == 7 and torch.distributed.get_rank() == 1 and not os.path.exists(marker):\n"
+        "if self.calls == 12 and torch.distributed.is_initialized() and torch.distributed.get_rank() == 1 "
+        "and not os.path.exists(marker):\n"
         "                open(marker, 'w').close(); os.kill(os.getpid(), signal.SIGKILL)"
     )
     (tmp_path / "killer.py").write_text(KILLER.replace("{act}", act))
-    keys = {"model__arch": "killer:build", "model__stem": "default", "scale__workers": 2}
-    marker, never = tmp_path / "marker", tmp_path / "there-already"
-    never.touch()
-    told = []
-    quiet = train(shapes(name="quiet", model__args={"marker": str(never)}, **keys), code_dirs=(str(tmp_path),))
-    lost = train(
-        shapes(name="lost", model__args={"marker": str(marker)}, **keys), code_dirs=(str(tmp_path),), tell=told.append
-    )
+    marker, told = tmp_path / "marker", []
+    keys = {"model__arch": "killer:build", "model__stem": "default", "model__norm": "group", "train__exact": True}
+    keys["model__args"] = {"marker": str(marker)}
+    lost = train(shapes(name="lost", scale__workers=2, **keys), code_dirs=(str(tmp_path),), tell=told.append)
     assert marker.exists()
     assert any("goes on from epoch" in e.get("message", "") for e in told)
+    sys.path.append(str(tmp_path))
+    quiet = train(shapes(name="quiet", scale__workers=0, **keys))
     assert (lost.order_hash, lost.weights_hash) == (quiet.order_hash, quiet.weights_hash)
 
 
