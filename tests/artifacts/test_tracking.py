@@ -411,7 +411,8 @@ def bundle(tmp_path_factory):
     torch.manual_seed(0)
     call = {"arch": "resnet18", "encoder": "resnet18", "in_channels": 3, "outputs": 4, "stem": "small", "norm": "batch"}
     model = build_model(**call, args={}).eval()
-    seen = {"bands": None, "color": "rgb", "channels": 3, "dtype": "uint8", "size_px": 16, "resize": "stretch"}
+    seen = {"bands": None, "color": "rgb", "channels": 3, "dtype": "uint8", "size_px": 16}
+    seen |= {"source_dtype": "uint8", "resize": "stretch"}
     facts = {
         "name": "tiny",
         "task": "classify",
