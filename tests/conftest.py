@@ -145,7 +145,7 @@ def start_s3(folder: Path, ports: list[int], plan: S3) -> subprocess.Popen[bytes
     command = [str(weed), "-alsologtostderr=false", "-logtostderr=true", "server"]
     command += [f"-dir={folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false"]
     command += [f"-master.port={ports[0]}", f"-master.port.grpc={ports[1]}", "-master.volumeSizeLimitMB=256"]
-    command += [f"-volume.port={ports[2]}", f"-volume.port.grpc={ports[3]}", "-volume.max=64"]
+    command += [f"-volume.port={ports[2]}", f"-volume.port.grpc={ports[3]}", "-volume.max=2000"]
     command += ["-volume.preStopSeconds=0", "-filer", f"-filer.port={ports[4]}", f"-filer.port.grpc={ports[5]}"]
     command += [f"-filer.localSocket={folder / 'f.sock'}", "-s3", f"-s3.port={ports[6]}", f"-s3.port.grpc={ports[7]}"]
     command += ["-s3.port.iceberg=0", "-s3.port.lance=0", f"-s3.config={folder / 's3.json'}"]
