@@ -84,11 +84,8 @@ def test_focal_by_hand():
     close(losses.focal(scores, torch.tensor([1]), gamma=1.0), [0.8 * -math.log(0.2)])
 
 
-@pytest.mark.parametrize("name", SEGMENT)
-@pytest.mark.parametrize("classes", [1, 3])
+@pytest.mark.parametrize(("name", "classes"), [(n, k) for n in SEGMENT for k in (1, 3) if (n, k) != ("bce", 3)])
 def test_gradients_are_right(name, classes):
-    if name == "bce" and classes == 3:
-        pytest.skip("two classes only")
     z = torch.randn(2, classes, 2, 3, dtype=torch.float64, requires_grad=True)
     y = torch.randint(0, max(2, classes), (2, 2, 3))
     y[0, 0, 0] = IGNORE
