@@ -1,4 +1,4 @@
-# Seven verbs; `make` alone lists them.
+# Eight verbs; `make` alone lists them.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -6,7 +6,7 @@ UV     := $(BIN)/uv
 STAMP  := $(VENV)/.locked
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench lock clean
+.PHONY: help setup demo test chaos check bench lock clean
 
 help:            ## list the verbs
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,6 +26,9 @@ demo: setup      ## the whole way on small real images: ingest, train on 2 worke
 
 test: setup      ## every test (about 15 minutes on 2 cores)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+chaos: setup     ## the long tests of faults: kills, lost nodes, crash points, broken stores
+	$(BIN)/python -m pytest -m chaos $(PYTEST_ARGS)
 
 check: setup     ## lint, strict types, import contracts
 	$(BIN)/ruff check .

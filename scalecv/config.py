@@ -90,6 +90,8 @@ class Data(Frozen):
     """Who reads row groups: Ray Data, or threads of the training process; auto: Ray Data when Ray Train runs."""
     decode_threads: int | None = Field(None, ge=1)
     """Threads that decode images in each training process; empty means its share of the cores."""
+    max_bad: float = Field(0.01, ge=0, le=1)
+    """Share of a split's rows that a run may leave out because their bytes are damaged or gone; more stops it."""
 
     @field_validator("bands")
     @classmethod
@@ -205,6 +207,10 @@ class Scale(Frozen):
     """CPUs that Ray reserves for each worker."""
     max_failures: int = Field(3, ge=0)
     """Times that the workers are started again after one of them, or its node, was lost."""
+    min_workers: int | None = Field(None, ge=1)
+    """Fewest workers to go on with while nodes are lost; each number of them must divide train.batch."""
+    hang_after_s: float = Field(300.0, gt=0)
+    """Seconds without a step after which the stacks of all workers are saved and they are started again."""
 
 
 class Track(Frozen):
@@ -218,6 +224,10 @@ class Track(Frozen):
     """MLflow tracking URI; empty takes MLFLOW_TRACKING_URI, else SQLite in ./mlruns.db."""
     log_every: int = Field(20, ge=1)
     """Steps between two points of the training curves."""
+    checkpoint_steps: int | None = Field(None, ge=1)
+    """Steps between checkpoints within an epoch; empty leaves them to the ends of epochs and the clock."""
+    checkpoint_minutes: float = Field(10.0, gt=0)
+    """Minutes after which a checkpoint is due, whatever the step."""
     keep: int = Field(2, ge=1)
     """Newest checkpoints that are kept besides the best one."""
     pictures: int = Field(16, ge=0)
@@ -266,6 +276,9 @@ class Experiment(Frozen):
                 f"train.batch={self.train.batch} cannot be shared evenly by scale.workers={ranks}: "
                 f"set train.batch={low or ranks} or {low + ranks}"
             )
+        fewest = self.scale.min_workers
+        if fewest is not None and fewest > self.scale.workers:
+            raise ValueError(f"scale.min_workers={fewest} is more than scale.workers={self.scale.workers}")
         share = self.train.batch // ranks
         if self.train.micro_batch and share % self.train.micro_batch:
             raise ValueError(
@@ -282,7 +295,7 @@ class Experiment(Frozen):
         for key in ("scale", "track", "question"):
             tree.pop(key)
         tree["train"].pop("epochs")
-        for key in ("uri", "get", "reader", "decode_threads"):
+        for key in ("uri", "get", "reader", "decode_threads", "max_bad"):
             tree["data"].pop(key)
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 

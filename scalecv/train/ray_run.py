@@ -1,5 +1,6 @@
 """One run on Ray Train: worker processes, their failures, and what they report."""
 
+import asyncio
 import os
 import tempfile
 import threading
@@ -16,6 +17,7 @@ from scalecv.artifacts.callback import SpoolCallback
 from scalecv.config import Scale
 from scalecv.errors import ScalecvError
 from scalecv.train.job import Job, Place
+from scalecv.train.ray_controller import EarlyWorkers, controller
 
 LOST = ("gloo", "nccl", "connection closed by peer", "connection reset", "store->get", "broken pipe", "timed out")
 """What a rank says when another one is gone: not its own error."""
@@ -35,13 +37,21 @@ class _NotAgain(UserCallback):  # type: ignore[misc]  # ray is untyped here
                 raise cause
 
 
-def run(job: Job, scale: Scale, spool: str, *, use_gpu: bool, code_dirs: tuple[str, ...] = ()) -> None:
+def start_workers(scale: Scale, *, use_gpu: bool, code_dirs: tuple[str, ...] = ()) -> EarlyWorkers:
+    """Let the workers start, while the driver does what is left to do before `run`."""
+    return EarlyWorkers(scale.workers, _resources(scale, use_gpu=use_gpu), _environment(code_dirs))
+
+
+def run(
+    job: Job, scale: Scale, spool: str, early: EarlyWorkers, *, use_gpu: bool, code_dirs: tuple[str, ...] = ()
+) -> None:
     """Run the workers to the end. What they have to say comes through the spool.
 
     Args:
         job: what every rank is given.
         scale: how many ranks, and what each takes.
         spool: local file that the reports of rank 0 are appended to.
+        early: what `start_workers` gave for the same arguments.
         use_gpu: whether each rank takes a GPU.
         code_dirs: folders whose modules the workers must find.
 
@@ -54,11 +64,20 @@ def run(job: Job, scale: Scale, spool: str, *, use_gpu: bool, code_dirs: tuple[s
     with tempfile.TemporaryDirectory(prefix="scalecv-ray-") as folder:
 
         class Trainer(TorchTrainer):  # type: ignore[misc]  # ray is untyped here
-            """Without the process that would manage Ray Datasets given to the trainer: ours read for themselves."""
+            """Runs Ray Train's controller in this process, and leaves two helpers out.
+
+            The process for datasets has nothing to do, since our workers read for themselves; the one that frees the
+            placement group when a controller dies neither, since Ray does so when the driver goes.
+            """
 
             def _create_default_callbacks(self) -> list[Any]:
-                made = super()._create_default_callbacks()
-                return [callback for callback in made if type(callback).__name__ != "DatasetsCallback"]
+                unused = ("DatasetsCallback", "PlacementGroupCleanerCallback")
+                return [made for made in super()._create_default_callbacks() if type(made).__name__ not in unused]
+
+            def _initialize_and_run_controller(self, **given: Any) -> Any:
+                ours = controller(early, **given)
+                asyncio.run(ours.run())
+                return ours.get_result()
 
         trainer = Trainer(
             _rank,

@@ -218,16 +218,18 @@ def _run_workers(experiment: Experiment, run: runs.Run, path: str, code_dirs: tu
         _run_here(experiment, run, path, reader)
         return
     scale = experiment.scale
-    runtime.connect(code_dirs=code_dirs)
-    use_gpu = scale.gpu == "yes" or (scale.gpu == "auto" and runtime.resources()[1] >= scale.workers)
-    runtime.check_fits(scale.workers, scale.cpus_per_worker, use_gpu)
-    from scalecv.train import ray_run
+    with runtime.fast_imports():
+        runtime.connect(code_dirs=code_dirs)
+        use_gpu = scale.gpu == "yes" or (scale.gpu == "auto" and runtime.resources()[1] >= scale.workers)
+        runtime.check_fits(scale.workers, scale.cpus_per_worker, use_gpu)
+        from scalecv.train import ray_run
     from scalecv.train.job import Job
 
-    check_network(experiment, manifest)
-
-    job = Job(experiment, run.dataset.version, run.uri, reader)
-    ray_run.run(job, scale, path, use_gpu=use_gpu, code_dirs=code_dirs)
+    with ray_run.start_workers(scale, use_gpu=use_gpu, code_dirs=code_dirs) as early:
+        with runtime.fast_imports():
+            check_network(experiment, manifest)
+        job = Job(experiment, run.dataset.version, run.uri, reader)
+        ray_run.run(job, scale, path, early, use_gpu=use_gpu, code_dirs=code_dirs)
 
 
 def _run_here(experiment: Experiment, run: runs.Run, path: str, reader: str) -> None:
