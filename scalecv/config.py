@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from scalecv.errors import ConfigError, nearest
 
 MAX_BYTES = 1 << 20
+MAX_DEPTH = 32
 Scalar = bool | int | float | str | None
 
 
@@ -301,12 +302,19 @@ class Experiment(Frozen):
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """The safe loader, without aliases and duplicate keys."""
+    """The safe loader, without aliases, duplicate keys and deep nesting."""
+
+    depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             raise ConfigError("YAML aliases (*name) are not accepted; write the value again")
-        return super().compose_node(parent, index)
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise ConfigError(f"nested deeper than {MAX_DEPTH} levels")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         seen: set[object] = set()
@@ -331,7 +339,7 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
         tree = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 - a subclass of SafeLoader
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:  # the last two: dates, long numbers
         at = getattr(error, "problem_mark", None)
         line = f":{at.line + 1}" if at else ""
         raise ConfigError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from scalecv import runtime, storage
+from scalecv import redact, runtime, storage
 from scalecv.artifacts import tracking
 from scalecv.artifacts.provenance import cpu_model, gpus, versions
 from scalecv.errors import ScalecvError, UserError
+from scalecv.loopback import is_loopback
 
 GIB = 1 << 30
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 NEEDED = ("ray", "torch", "torchvision", "mlflow", "pyarrow", "deltalake", "obstore", "pillow", "pydantic")
 
 
@@ -68,9 +68,9 @@ def _looked(name: str, look: Callable[[], Check]) -> Check:
     try:
         return look()
     except ScalecvError as error:
-        return Check(name, False, str(error))
+        return Check(name, False, redact.clean(str(error)))
     except Exception as error:  # one broken thing must not hide the others
-        return Check(name, False, f"{type(error).__name__}: {error}", "report this if it stays")
+        return Check(name, False, redact.clean(f"{type(error).__name__}: {error}"), "report this if it stays")
 
 
 def _python() -> Check:
@@ -169,9 +169,12 @@ def _open_head() -> Check:
 
 
 def _openness(name: str, address: str, found: str) -> Check:
-    if not _answers_anyone(address):
+    is_open = _answers_anyone(address)
+    if is_open is None:
+        return Check(name, None, f"{found}; whether it asks for a token is not known, it gave no second answer")
+    if not is_open:
         return Check(name, True, f"{found}, asks for a token")
-    if address.rpartition(":")[0].strip("[]") in LOOPBACK:
+    if is_loopback(address.rpartition(":")[0]):
         return Check(name, None, f"{found}, without token, on loopback")
     return Check(
         name,
@@ -181,12 +184,12 @@ def _openness(name: str, address: str, found: str) -> Check:
     )
 
 
-def _answers_anyone(address: str) -> bool:
-    """Whether a head answers without a token."""
+def _answers_anyone(address: str) -> bool | None:
+    """Whether a head answers without a token; None where it gave neither an answer nor a refusal."""
     try:
         runtime.head_version(address, with_token=False)
-    except UserError:
-        return False
+    except UserError as error:
+        return False if "token" in str(error) else None
     return True
 
 

@@ -1,7 +1,6 @@
 """What a job takes along: few files, arguments whose paths hold there, an environment without secrets."""
 
 import os
-import re
 import shutil
 import socket
 from collections.abc import Iterable
@@ -9,17 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from scalecv import config, storage
+from scalecv import config, redact, storage
 from scalecv.artifacts import tracking
 from scalecv.errors import ConfigError, UserError
+from scalecv.loopback import is_loopback
 
 MOST_BYTES = 10 << 20
 TAKES_EXPERIMENT = ("train", "tune", "plan", "config", "chaos")
 PATH_OPTIONS = ("--to", "--folder", "--picture")
 PATH_KEYS = {"data.uri": None, "track.storage": config.Track().storage, "model.weights": None}
 HANDED_ON = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
-SECRET = re.compile(r"KEY|SECRET|TOKEN|PASSWORD|CREDENTIAL", re.IGNORECASE)
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 @dataclass(frozen=True)
@@ -57,6 +55,7 @@ def stage(argv: Iterable[str], env_names: Iterable[str], folder: Path, *, same_m
         words = [_path_word(words, i, same_machine) for i in range(len(words))]
     env = _environment(env_names, configured, same_machine)
     files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    _check_no_secret(words, folder, files)
     size = sum((folder / f).stat().st_size for f in files)
     if size > MOST_BYTES:
         raise UserError(
@@ -64,6 +63,19 @@ def stage(argv: Iterable[str], env_names: Iterable[str], folder: Path, *, same_m
             f"{MOST_BYTES / 1e6:.0f} MB: put the experiment into a folder of its own"
         )
     return Staged(tuple(words), env, tuple(files), size)
+
+
+def _check_no_secret(words: Iterable[str], folder: Path, files: Iterable[str]) -> None:
+    """Raises: ConfigError: an argument or a file holds the value of a secret variable; the cluster keeps both."""
+    texts = [(f"the argument {word.partition('=')[0]}=…", word) for word in words]
+    texts += [(name, (folder / name).read_text(encoding="utf-8", errors="replace")) for name in files]
+    for what, text in texts:
+        variable = redact.variable_in(text)
+        if variable:
+            raise ConfigError(
+                f"{what} holds the value of {variable}, and whoever reads the cluster's jobs or files reads it, too: "
+                f"take it out, and give the nodes the variable, or say --env {variable}"
+            )
 
 
 def is_own_ip(ip: str) -> bool:
@@ -150,14 +162,14 @@ def _environment(names: Iterable[str], configured: object, same_machine: bool) -
     env = {n: os.environ[n] for n in (*HANDED_ON, *named) if os.environ.get(n)}
     env["MLFLOW_TRACKING_URI"] = _tracking(configured, named, same_machine)
     for name in HANDED_ON[:2]:
-        if name in env and not same_machine and urlsplit(env[name]).hostname in LOOPBACK:
+        if name in env and not same_machine and is_loopback(urlsplit(env[name]).hostname):
             raise ConfigError(f"{name}={env[name]} is this machine; the cluster needs an address that it can reach")
     return env
 
 
 def _tracking(configured: object, named: list[str], same_machine: bool) -> str:
     uri = tracking.tracking_uri(configured if isinstance(configured, str) else None)
-    if not same_machine and (uri.startswith("sqlite") or urlsplit(uri).hostname in LOOPBACK):
+    if not same_machine and (uri.startswith("sqlite") or is_loopback(urlsplit(uri).hostname)):
         raise ConfigError(
             f"MLflow would be {storage.without_secrets(uri)} on a node of the cluster, where you cannot see it: set "
             "MLFLOW_TRACKING_URI=http://HOST:PORT to a server that the cluster reaches (cluster/compose.yaml has one)"

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, TextIO
 from urllib.parse import urlsplit
 
-from scalecv import runtime, staging
+from scalecv import redact, runtime, staging
 from scalecv.errors import ScalecvError, UserError
+from scalecv.loopback import is_loopback
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 NOT_AS_A_JOB = ("submit", "ui")
@@ -66,7 +67,7 @@ def submit(
                 "excludes": ["__pycache__"],
                 "env_vars": staged.env,
             },
-            metadata={"command": shlex.join(["scalecv", *argv])[:1000]},
+            metadata={"command": redact.clean(shlex.join(["scalecv", *argv]))[:1000]},
         )
     _say(f"job {job}")
     if not follow:
@@ -82,7 +83,7 @@ def _server(address: str | None) -> str:
     given = (given or DEFAULT_ADDRESS).rstrip("/")
     parts = urlsplit(given)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
-        raise UserError(f"'{given}' is not the address of a job server; expected http://HOST:8265")
+        raise UserError(f"'{redact.clean(given)}' is not the address of a job server; expected http://HOST:8265")
     return given
 
 
@@ -100,16 +101,13 @@ def _checked_token(server: str, insecure: bool) -> str | None:
                 f"{server} wants a token and none is set: put the cluster's token into RAY_AUTH_TOKEN, "
                 "its file's path into RAY_AUTH_TOKEN_PATH, or the file at ~/.ray/auth_token"
             )
-        if urlsplit(server).scheme == "http" and urlsplit(server).hostname not in staging.LOOPBACK:
+        if urlsplit(server).scheme == "http" and not is_loopback(urlsplit(server).hostname):
             _say("note: the token crosses the network unencrypted; use https, or a tunnel to port 8265")
         code, answer = _get(server, "/api/version", token)
         if code in (401, 403):
             raise UserError(f"{server} did not accept the token: compare RAY_AUTH_TOKEN with the cluster's")
-    elif code == 200 and urlsplit(server).hostname not in staging.LOOPBACK and not insecure:
-        raise UserError(
-            f"{server} runs jobs of anyone who reaches it: start the cluster with RAY_AUTH_MODE=token "
-            "(cluster/README.md), or say --insecure"
-        )
+    elif code == 200 and not insecure:
+        _check_not_open(server)
     theirs = answer.get("ray_version") if isinstance(answer, dict) else None
     if code != 200 or not theirs:
         raise UserError(f"{server} answers {code}, but not as a Ray job server does: expected http://HOST:8265")
@@ -118,6 +116,15 @@ def _checked_token(server: str, insecure: bool) -> str | None:
     if str(theirs).split(".")[:2] != version("ray").split(".")[:2]:
         raise UserError(f"{server} runs Ray {theirs}, this environment has {version('ray')}: install the same version")
     return token
+
+
+def _check_not_open(server: str) -> None:
+    """Raises: UserError: a server without a token that others reach, too."""
+    if not is_loopback(urlsplit(server).hostname):
+        raise UserError(
+            f"{server} runs jobs of anyone who reaches it: start the cluster with RAY_AUTH_MODE=token "
+            "(cluster/README.md), or say --insecure"
+        )
 
 
 def _get(server: str, path: str, token: str | None) -> tuple[int, Any]:
@@ -140,7 +147,7 @@ def _get(server: str, path: str, token: str | None) -> tuple[int, Any]:
 
 def _is_this_machine(server: str, token: str | None) -> bool:
     """Whether all nodes are this machine; a loopback address may also be a tunnel to elsewhere."""
-    if urlsplit(server).hostname not in staging.LOOPBACK:
+    if not is_loopback(urlsplit(server).hostname):
         return False
     ends = time.monotonic() + ANSWER_S
     while True:
@@ -185,7 +192,7 @@ def _follow(client: Any, job: str, server: str, out: TextIO, *, wants_json: bool
             asked = True
             _say(f"the job goes on; Ctrl-C once more leaves it running. {_how_to(job, server)}")
     if lines.result is not None:
-        out.write(lines.result + "\n")
+        out.write(redact.clean(lines.result) + "\n")
         out.flush()
     return _exit_code(info)
 
@@ -233,7 +240,7 @@ class _Lines:
             if self.wants_json and line.startswith("{") and _is_object(line):
                 self.result = line
             else:
-                sys.stderr.write(line + "\n")
+                sys.stderr.write(redact.clean(line) + "\n")
         sys.stderr.flush()
         self.shown = end
 
@@ -259,7 +266,7 @@ def _exit_code(info: Any) -> int:
 
 
 def _say_what_is_seen(names: list[str]) -> None:
-    secret = [name for name in names if staging.SECRET.search(name)]
+    secret = [name for name in names if redact.is_secret_name(name)]
     if secret:
         _say(f"note: {', '.join(secret)} can be read through the job API by all who have the cluster's token")
 
@@ -270,5 +277,5 @@ def _how_to(job: str, server: str) -> str:
 
 
 def _say(text: str) -> None:
-    sys.stderr.write(text + "\n")
+    sys.stderr.write(redact.clean(text) + "\n")
     sys.stderr.flush()

@@ -13,8 +13,8 @@ from typing import Any
 from scalecv import storage
 from scalecv.artifacts import mlflow_client
 from scalecv.errors import UserError
+from scalecv.loopback import is_loopback
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 START_S = 180.0
 
 
@@ -36,7 +36,7 @@ def serve_ui(uri: str | None = None, host: str = "127.0.0.1", port: int = 5000, 
         if problem:
             raise UserError(problem)
         return 0
-    if host not in LOOPBACK and not insecure:
+    if not is_loopback(host) and not insecure:
         raise UserError(
             f"--host {host}: there is no login, everybody who reaches {host}:{port} could read and delete runs. "
             f"Keep 127.0.0.1 and use a tunnel (ssh -L {port}:127.0.0.1:{port}), or say --insecure"
@@ -92,7 +92,7 @@ def _until_ready(server: "subprocess.Popen[str]", host: str, port: int) -> str |
         if server.poll() is not None:
             return (server.stderr.read() if server.stderr else "")[-500:]
         try:
-            shown = "127.0.0.1" if host in ("0.0.0.0", *LOOPBACK[:2]) else f"[{host}]" if ":" in host else host  # noqa: S104
+            shown = "127.0.0.1" if host == "0.0.0.0" else f"[{host}]" if ":" in host else host  # noqa: S104
             with urllib.request.urlopen(f"http://{shown}:{port}/health", timeout=2):
                 return None
         except urllib.error.HTTPError:

@@ -153,14 +153,14 @@ def start_s3(folder: Path, ports: list[int], plan: S3) -> subprocess.Popen[bytes
     log = (folder / "log").open("wb")
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     probe = (
-        "import sys; from scalecv import storage; storage.GIVE_UP_AFTER_S = 2.0; "
+        "import sys; from scalecv import storage; "
         "storage.put(sys.argv[1], b'1'); assert storage.get(sys.argv[1]) == b'1'"
     )
     until = time.monotonic() + 60
     while True:
         try:
             bucket = plan.bucket()
-            environment = os.environ | plan.environment
+            environment = os.environ | plan.environment | {"SCALECV_STORAGE_GIVE_UP_S": "2"}
             ready = subprocess.run(
                 [sys.executable, "-c", probe, f"{bucket}/probe"], env=environment, capture_output=True, check=False
             )

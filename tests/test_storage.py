@@ -105,7 +105,7 @@ def test_a_store_that_does_not_answer_is_given_up(monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "k")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s")
-    monkeypatch.setattr(storage, "GIVE_UP_AFTER_S", 1.0)
+    monkeypatch.setenv("SCALECV_STORAGE_GIVE_UP_S", "1")
     with pytest.raises(StorageError, match="no good answer for 1 s"):
         storage.get("s3://bucket/x")
 
@@ -127,14 +127,15 @@ def test_unknown_schemes_and_inline_secrets_are_refused():
 
 def test_a_full_disk_is_one_clear_error_and_leaves_no_part(tmp_path):
     code = (
-        "import resource, signal, sys; from scalecv import storage\n"
+        "import resource, signal, sys; from scalecv import storage; from scalecv.errors import StorageError\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "try: storage.put(sys.argv[1], bytes(5000))\n"
-        "except storage.StorageError as error: print(error)"
+        "except StorageError as error: print(error)"
     )
     uri = str(tmp_path / "x.bin")
     done = subprocess.run([sys.executable, "-c", code, uri], capture_output=True, text=True, check=True)
-    assert "no space left" in done.stdout and os.listdir(tmp_path) == []
+    assert f"{uri}: no space left" in done.stdout and "5,000 bytes are needed" in done.stdout
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_path_that_cannot_be_is_refused(tmp_path):

@@ -13,6 +13,9 @@ from scalecv import staging
 from scalecv.errors import ConfigError, UserError
 from scalecv.submit import submit
 from tests.servers import free_port, ray_head
+from tests.small import shapes_dataset
+
+__all__ = ["shapes_dataset"]
 
 EXPERIMENT = """
 name: a
@@ -170,6 +173,21 @@ def test_a_job_brings_back_its_lines_its_result_and_its_exit_code(head, here):
     assert bad.returncode == 2 and out == "" and f"{here}/ds" in err, (bad.returncode, err)
     _, err = refused.communicate(timeout=60)
     assert refused.returncode == 2 and "wants a token and none is set" in err and "Traceback" not in err
+
+
+@pytest.mark.e2e
+def test_a_training_job_is_a_run_in_mlflow(head, here, shapes_dataset):
+    (here / "e.yaml").write_text(
+        f"name: sent\ntask: classify\ndata: {{uri: {shapes_dataset}, decode_threads: 1}}\n"
+        "model: {arch: resnet10, stem: small}\ntrain: {epochs: 1, batch: 16, threads: 1}\nscale: {workers: 1}\n"
+    )
+    out, err = run(head, here, "train", "e.yaml", "--json").communicate(timeout=300)
+    told = json.loads(out.splitlines()[-1])
+    assert told["status"] == "finished" and told["run_id"], err
+    from scalecv.artifacts.mlflow_client import client
+
+    recorded = client(f"sqlite:///{here}/mlruns.db").get_run(told["run_id"])
+    assert recorded.info.status == "FINISHED" and recorded.data.metrics["test/rows"] == told["metrics"]["test/rows"]
 
 
 @pytest.mark.e2e

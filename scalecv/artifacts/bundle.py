@@ -8,9 +8,9 @@ and the size and SHA-256 of the weights: any flipped bit is noticed before use
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from scalecv import storage
 from scalecv.config import Augment, Frozen, Scalar
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 FORMAT = 1
 FACTS = "bundle.json"
 WEIGHTS = "model.safetensors"
+MOST_FACTS_BYTES = 16 << 20
+MOST_ARGUMENT = 1 << 14
+"""Largest number among the builder's arguments that is taken from a bundle: a forged one could ask for any memory."""
 
 
 class Call(Frozen):
@@ -31,10 +34,10 @@ class Call(Frozen):
 
     arch: str
     encoder: str
-    in_channels: int
-    outputs: int
-    stem: str
-    norm: str
+    in_channels: int = Field(ge=1, le=1 << 16)
+    outputs: int = Field(ge=1, le=1 << 20)
+    stem: Literal["default", "small"]
+    norm: Literal["batch", "sync", "group", "frozen"]
     args: dict[str, Scalar] = {}
 
 
@@ -43,15 +46,21 @@ class PixelFacts(Frozen):
 
     bands: tuple[int, ...] | None
     color: str
-    channels: int
+    channels: int = Field(ge=1, le=1 << 16)
     dtype: str
     source_dtype: str
-    size_px: int | None
-    resize: str
+    size_px: int | None = Field(ge=1, le=8192)
+    resize: Literal["stretch", "crop"]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     mask_values: tuple[int, ...] = ()
     mask_ignore: int | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> "PixelFacts":
+        if not len(self.mean) == len(self.std) == self.channels:
+            raise ValueError(f"{len(self.mean)} means and {len(self.std)} deviations for {self.channels} channels")
+        return self
 
 
 class DataFacts(Frozen):
@@ -68,7 +77,7 @@ class Facts(Frozen):
     format: int = FORMAT
     scalecv: str
     name: str
-    task: str
+    task: Literal["classify", "segment"]
     call: Call
     pixels: PixelFacts
     classes: tuple[str, ...]
@@ -80,7 +89,7 @@ class Facts(Frozen):
     weights_hash: str
     """SHA-256 over names, dtypes, shapes and values; does not depend on the file format."""
     weights_sha256: str
-    weights_bytes: int
+    weights_bytes: int = Field(ge=0)
 
 
 @dataclass(frozen=True)
@@ -142,7 +151,10 @@ def read_facts(uri: str) -> Facts:
     """
     where = storage.join(uri, FACTS)
     try:
-        tree = json.loads(storage.get(where))
+        data = storage.get(where)
+        if len(data) > MOST_FACTS_BYTES:
+            raise IntegrityError(f"{where} has {len(data)} bytes, a bundle's description at most {MOST_FACTS_BYTES}")
+        tree = json.loads(data)
         if isinstance(tree, dict) and tree.get("format") != FORMAT:
             raise DataError(f"{where} has bundle format {tree.get('format')}, this scalecv reads {FORMAT}")
         return Facts.model_validate(tree)
@@ -151,8 +163,8 @@ def read_facts(uri: str) -> Facts:
             f"no bundle at {storage.without_secrets(uri)}: expected a folder with {FACTS} and {WEIGHTS}, "
             "runs:/ID or models:/NAME@ALIAS"
         ) from None
-    except (ValidationError, ValueError) as error:
-        raise IntegrityError(f"{where} is not a bundle's description: {str(error).splitlines()[0]}") from None
+    except (ValidationError, ValueError, RecursionError) as error:
+        raise IntegrityError(f"{where} is not a bundle's description: {_first(error)}") from None
 
 
 def read_weights(uri: str, facts: Facts) -> "dict[str, torch.Tensor]":
@@ -160,14 +172,17 @@ def read_weights(uri: str, facts: Facts) -> "dict[str, torch.Tensor]":
 
     Raises: IntegrityError: other bytes than were written.
     """
-    from safetensors.torch import load
+    from scalecv.models.weights import BadWeights, tensors
 
     where = storage.join(uri, WEIGHTS)
     try:
         data = storage.get(where, facts.weights_bytes, facts.weights_sha256)
     except FileNotFoundError:
         raise IntegrityError(f"{where} is missing: the bundle is not whole") from None
-    return load(data)
+    try:
+        return tensors(data)
+    except BadWeights as error:
+        raise IntegrityError(f"{where}: {error}") from None
 
 
 def open_bundle(uri: str, *, allow_import: bool = False) -> Bundle:
@@ -179,11 +194,35 @@ def open_bundle(uri: str, *, allow_import: bool = False) -> Bundle:
     from scalecv.models import build_model
 
     facts = read_facts(uri)
-    model = build_model(**facts.call.model_dump(), allow_import=allow_import)
-    missing, unexpected = model.load_state_dict(read_weights(uri, facts), strict=False)
+    _check_arguments(uri, facts.call)
+    weights = read_weights(uri, facts)
+    try:
+        model = build_model(**facts.call.model_dump(), allow_import=allow_import)
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+    except (RuntimeError, MemoryError) as error:  # another shape, or a size that no machine has
+        raise IntegrityError(
+            f"{uri}: the network {facts.call.arch} and its weights do not fit: {_first(error)}"
+        ) from None
     if missing or unexpected:
         raise IntegrityError(
             f"{uri}: weights do not fit {facts.call.arch}: {len(missing)} missing, {len(unexpected)} unexpected; "
             "the library that builds it may have changed since"
         )
     return Bundle(uri, facts, model.eval())
+
+
+def _check_arguments(uri: str, call: Call) -> None:
+    """Raises: IntegrityError: a size that no network of ours was built with."""
+    for name, value in call.args.items():
+        if isinstance(value, int | float) and abs(value) > MOST_ARGUMENT:
+            raise IntegrityError(
+                f"{uri}: {FACTS} builds {call.arch} with {name}={value}, at most {MOST_ARGUMENT} is taken"
+            )
+
+
+def _first(error: BaseException) -> str:
+    """The first line that says something, with the place that pydantic names."""
+    if isinstance(error, ValidationError):
+        one = error.errors(include_url=False, include_input=False)[0]
+        return f"{'.'.join(str(part) for part in one['loc'])}: {one['msg']}"[:300]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

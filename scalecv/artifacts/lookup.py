@@ -55,6 +55,36 @@ def resolved_experiment(run: str, uri: str | None = None) -> str:
         raise UserError(f"run {run_id} has no {EXPERIMENT_FILE}: it was not made by `scalecv train`") from None
 
 
+def find_run(run: str, experiment: str, uri: str | None = None) -> str:
+    """ID of `runs:/ID`, of an ID of 32 digits, or of the newest run of a name in an MLflow experiment.
+
+    Raises: UserError: no such run or experiment, with the nearest name that is there.
+    """
+    client = mlflow_client.client(_reachable(uri))
+    if run.startswith("runs:/") or re.fullmatch(r"[0-9a-f]{32}", run):
+        run_id = _run_id(run)
+        _run(client, run_id)
+        return run_id
+    where = f"the MLflow experiment '{experiment}'"
+    there = client.get_experiment_by_name(experiment)
+    if there is None:
+        names = [one.name for one in client.search_experiments()]
+        raise UserError(
+            f"there is no MLflow experiment '{experiment}'{nearest(experiment, names)}: name it as recorded"
+        )
+    order = ["attributes.start_time DESC"]
+    if "'" not in run:
+        named = f"attributes.run_name = '{run}' and tags.`scalecv.run_key` != ''"
+        found = client.search_runs([there.experiment_id], named, max_results=1, order_by=order)
+        if found:
+            return str(found[0].info.run_id)
+    names = [one.info.run_name for one in client.search_runs([there.experiment_id], max_results=1000, order_by=order)]
+    raise UserError(
+        f"no run named '{run}' in {where}{nearest(run, names)}: expected runs:/ID, or the name of one of its "
+        f"{len(names)} newest runs (another experiment: --experiment)"
+    )
+
+
 def _reachable(uri: str | None) -> str:
     found = mlflow_client.tracking_uri(uri)
     problem = mlflow_client.probe(found)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scalecv import storage
+from scalecv import redact, storage
 from scalecv.artifacts import mlflow_client
 from scalecv.artifacts.spool import Event
 
@@ -17,7 +17,8 @@ RUN_KEY = "scalecv.run_key"
 MOST_METRICS = 1000
 MOST_PAIRS = 100
 MOST_TEXT = 4000
-REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE", "PERMISSION_DENIED")
+REFUSED = ("INVALID_PARAMETER_VALUE", "INVALID_STATE")
+"""What no later try changes. A proxy or a login that says no (400, 401, 403) may say yes tomorrow: points wait."""
 
 
 class Refused(Exception):
@@ -64,11 +65,11 @@ def open_run(uri: str, experiment: str, name: str, key: str, tags: Mapping[str, 
     return Run(client, made.info.run_id, experiment_id)
 
 
-def newest(run: Run) -> dict[str, tuple[int, float]]:
-    """Step and value of each metric's newest point on the server."""
+def newest(run: Run) -> dict[str, int]:
+    """Step of each metric's newest point on the server."""
     with _spoken():
         data = run.client.get_run(run.run_id).data.to_proto()
-    return {m.key: (m.step, m.value) for m in data.metrics}
+    return {m.key: m.step for m in data.metrics}
 
 
 def reopen(run: Run) -> None:
@@ -215,7 +216,8 @@ def _model(run: Run, event: Event) -> None:
 
 
 def _end(run: Run, event: Event) -> None:
-    run.client.set_terminated(run.run_id, event.get("status", "FINISHED"), event.get("time_ms"))
+    began = run.client.get_run(run.run_id).info.start_time  # a clock that was set back makes no negative duration
+    run.client.set_terminated(run.run_id, event.get("status", "FINISHED"), max(event["time_ms"], began or 0))
 
 
 TELL = {
@@ -240,8 +242,7 @@ def _text(value: Any) -> str:
     """Text of a param or tag: as YAML would write it, without secrets of URIs, short enough for MLflow."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    text = re.sub(r"(\w[\w+.-]*://)[^/\s@]*@", r"\1", str(value))
-    return re.sub(r"(\w[\w+.-]*://[^\s?]*)\?\S*", r"\1", text)[:MOST_TEXT]
+    return re.sub(r"(\w[\w+.-]*://[^\s?]*)\?\S*", r"\1", redact.clean(str(value)))[:MOST_TEXT]
 
 
 @contextmanager

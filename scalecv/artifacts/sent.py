@@ -29,7 +29,8 @@ class Sent:
         """Start from the beginning of the spool, for a run that knows nothing yet."""
         self.run_id = None
         self.offset = 0
-        self.marks: dict[str, tuple[int, float]] = {}
+        self.marks: dict[str, int] = {}
+        """Step of each metric's newest point."""
         self.pictures: dict[str, int] = {}
         self.deferred: list[spool.Event] = []
 
@@ -40,7 +41,7 @@ class Sent:
             if kept["uri"] != self.uri or kept["run_key"] != self.run_key or not kept["run_id"]:
                 return
             self.run_id, self.offset, self.deferred = kept["run_id"], kept["offset"], kept["deferred"]
-            self.marks = {key: (step, value) for key, (step, value) in kept["marks"].items()}
+            self.marks = {key: _step(mark) for key, mark in kept["marks"].items()}
             self.pictures = kept["pictures"]
         except (OSError, ValueError, KeyError, TypeError):
             self.forget()
@@ -62,16 +63,15 @@ class Sent:
         os.replace(part, self.path)
 
     def fresh(self, event: spool.Event) -> list[mlflow_run.Point]:
-        """Points of a metrics event, without those that a restarted training repeats; remembers them."""
+        """Points of a metrics event, one for each (key, step): what a restarted training repeats is passed over."""
         step, time_ms = int(event.get("step", 0)), int(event["time_ms"])
         points = []
         for name, value in event.get("metrics", {}).items():
             if isinstance(value, bool | int | float):
                 key = mlflow_run.metric_key(name)
-                before = self.marks.get(key)
-                if before is None or step > before[0] or (step == before[0] and float(value) != before[1]):
+                if step > self.marks.get(key, -1):
                     points.append(mlflow_run.Point(key, step, float(value), time_ms))
-                    self.marks[key] = (step, float(value))
+                    self.marks[key] = step
         return points
 
     def first_picture(self, event: spool.Event) -> bool:
@@ -88,6 +88,11 @@ class Sent:
             self._tried = time.monotonic()
             return True
         return False
+
+
+def _step(mark: Any) -> int:
+    """Earlier versions kept the value beside the step."""
+    return int(mark[0] if isinstance(mark, list) else mark)
 
 
 def waiting_in(path: str, offset: int) -> tuple[int, int]:

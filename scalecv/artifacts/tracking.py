@@ -1,25 +1,26 @@
 """The one door to MLflow: a sender passes the spool of a run on, whatever MLflow is doing.
 
 The training never waits for it. MLflow away means that points stay in the spool; they are sent when it is back,
-by this process, by the same command later, or by `scalecv sync`. Each point arrives exactly once:
+by this process, by the same command later, or by `scalecv sync`. Each point arrives exactly once, whatever dies when:
 
 - the run is looked up by the tag `scalecv.run_key` before it is created, so a lost answer makes no second run;
 - the acknowledged offset is written to `state_path` after each answer, and what is sent again because an answer
-  was lost has the same (key, step, timestamp, value), which MLflow's SQL store keeps once;
-- steps that a restarted training repeats have another timestamp: they are passed over by their step.
+  was lost, or because this process died between the answer and the note of it, has the same (key, step, timestamp,
+  value), which is the primary key of MLflow's SQL store: it looks for the rows that are there and adds the others;
+- steps that a restarted training repeats have another timestamp: they are passed over by (key, step).
 """
 
 import contextlib
 import json
 import logging
 import os
-import re
+import random
 import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from scalecv import storage
+from scalecv import redact, storage
 from scalecv.artifacts import mlflow_run, spool
 from scalecv.artifacts.lookup import is_reference as is_reference
 from scalecv.artifacts.lookup import lookup as lookup
@@ -65,8 +66,8 @@ class Sender:
         self.spool_path = os.path.abspath(spool_path)
         self.state_path = os.path.abspath(state_path)
         self.uri = uri
-        self._about = {"experiment": experiment, "run_name": run_name, "run_key": run_key}
-        self._tags = dict(tags or {})
+        self._about = redact.clean_tree({"experiment": experiment, "run_name": run_name, "run_key": run_key})
+        self._tags: dict[str, str] = redact.clean_tree(tags or {})
         self._state = Sent(self.state_path, storage.without_secrets(uri), run_key)
         self._run: mlflow_run.Run | None = None
         self._reopened = False
@@ -131,16 +132,18 @@ class Sender:
             except Exception as error:
                 self._complain(f"MLflow takes nothing now; the run goes on and points wait in {self.spool_path}", error)
                 self._state.load()  # what was read but not acknowledged is read again
+                if self._state.run_id is None:
+                    self._run = None  # the notes are gone: what the server has is asked for again
                 moved = self._state.offset > before
                 pause_s = PAUSE_S if moved else min(pause_s * 2, 2.0 if self._closing.is_set() else LONGEST_PAUSE_S)
-            self._wake.wait(pause_s)
+            self._wake.wait(pause_s * (0.5 + random.random()))  # noqa: S311 - many runs wait for one server
             if self._wake.is_set() and not self._stop.is_set():
                 self._wake.clear()
         self._unlock()
 
     def _complain(self, what: str, error: Exception) -> None:
         said = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-        said = re.sub(r"://[^/@\s]+@", "://", said)  # a login in a URL stays out of messages
+        said = redact.clean(said)
         if not self._said:
             log.warning("%s (%s)", what, said)
         self._said = said

@@ -4,6 +4,10 @@
 
 Encoded bytes travel; each row group is fetched once and dropped when the plan needs it no more.
 Both readers give the same row groups in the same order, so they give the same batches.
+
+A row group whose bytes are damaged or gone does not move the others: rows of the next whole row group fill its
+places and count nowhere (valid=False), for every number of ranks and after every resume. Training goes on so within
+`max_bad`; an evaluation never does, for a metric over other rows is another metric.
 """
 
 import os
@@ -13,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +27,7 @@ import torch
 from scalecv.batches.collate import Filling, Row, fill
 from scalecv.batches.pixels import Pixels
 from scalecv.batches.plan import Picks, Plan, order_key
+from scalecv.errors import IntegrityError
 from scalecv.schema import Batch
 from scalecv.shards.manifest import Shard
 from scalecv.shards.store import Dataset, read_row_group
@@ -35,7 +40,19 @@ Groups = list[tuple[Shard, int]]
 Schedule = Iterator[tuple[int, list[int], list[int]]]
 """(step, row groups to fetch before it, row groups to drop after it)."""
 Reader = Callable[[Dataset, Groups, Iterator[int]], Iterator[Any]]
-"""(dataset, row groups, numbers to read) -> Arrow tables in that order."""
+"""(dataset, row groups, numbers to read) -> Arrow tables in that order, an IntegrityError where one cannot be read."""
+
+
+@dataclass(frozen=True)
+class Damaged:
+    """A row group that was left out of an epoch."""
+
+    shard: str
+    """Path below the dataset."""
+    row_group: int
+    rows: int
+    reason: str
+    """The whole message: what was found, where, what to do."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +71,8 @@ class Feed:
     window_mb: int = 256
     threads: int = 1
     reader: str = "threads"
+    max_bad: float = 0.0
+    """Share of the split's rows that training may leave out because they cannot be read."""
     _kept: dict[int, Any] = field(default_factory=dict, compare=False, repr=False)
     """Row groups of a split that fits into the window: read in the first epoch, held for all others."""
 
@@ -88,7 +107,10 @@ class Epoch:
 
     def __init__(self, feed: Feed, epoch: int, start: int) -> None:
         self.plan = feed.plan(epoch)
+        """Its `valid_rows` count the rows of damaged row groups too: no rank knows what the others cannot read."""
         self.wait_s = 0.0
+        self.damaged: list[Damaged] = []
+        """The row groups that this rank left out of the epoch so far, in the order in which it met them."""
         self._feed, self._epoch, self._start = feed, epoch, start
         self._ready: queue.Queue[Any] = queue.Queue(maxsize=BATCHES_AHEAD)
         self._stop = threading.Event()
@@ -123,6 +145,8 @@ class Epoch:
     def _produce(self) -> None:
         feed, groups = self._feed, self._feed.groups()
         held: dict[int, Any] = feed._kept if feed.keeps else {}
+        for group in [group for group, columns in held.items() if columns.is_stand_in]:
+            del held[group]  # it may have been restored since
         schedule, ahead = _tee(
             _without(self.plan.reads(self._start, feed.rank, feed.ranks), held if feed.keeps else None)
         )
@@ -133,8 +157,11 @@ class Epoch:
                     for group in fetch:
                         if self._stop.is_set():
                             return
-                        held[group] = _Columns(groups[group], feed.dataset, next(tables))
+                        held[group] = self._columns(groups, group, next(tables))
                     picks = self.plan.picks(step, feed.rank, feed.ranks)
+                    if self.damaged:
+                        whole = np.array([not held[g].is_stand_in for g in picks.group.tolist()])
+                        picks = replace(picks, valid=picks.valid & whole)
                     self._offer((step, picks, self._start_filling(picks, held, pool)))
                     for group in drop:
                         del held[group]
@@ -146,6 +173,36 @@ class Epoch:
             close = getattr(tables, "close", None)
             if close:
                 close()
+
+    def _columns(self, groups: Groups, group: int, table: Any) -> "_Columns":
+        """A row group's columns; those of the next one that is whole in the place of a damaged one."""
+        if not isinstance(table, IntegrityError):
+            return _Columns(groups[group], self._feed.dataset, table)
+        shard, index = groups[group]
+        if all((shard.path, index) != (known.shard, known.row_group) for known in self.damaged):
+            self.damaged.append(Damaged(shard.path, index, shard.row_groups[index], str(table)))
+            self._check_budget(table)
+        for further in range(1, len(groups)):
+            number = (group + further) % len(groups)
+            other = _read(self._feed.dataset, groups, number)
+            if not isinstance(other, IntegrityError):
+                return _Columns(groups[number], self._feed.dataset, other, is_stand_in=True)
+        raise table
+
+    def _check_budget(self, error: IntegrityError) -> None:
+        feed = self._feed
+        lost, rows = sum(d.rows for d in self.damaged), feed.dataset.manifest.splits[feed.split]
+        if not feed.is_training:
+            raise IntegrityError(
+                f"{error}. {self.damaged[-1].rows} of {rows} rows of {feed.split} cannot be scored, and a metric over "
+                "fewer rows would be another metric"
+            )
+        if lost > feed.max_bad * rows:
+            raise IntegrityError(
+                f"{error}. {lost} of {rows} rows of {feed.split} cannot be read, data.max_bad={feed.max_bad:g} allows "
+                f"{int(feed.max_bad * rows)}: `scalecv data verify {feed.dataset.uri}` names all damaged row groups; "
+                "restore the shards or ingest again, and the same command goes on"
+            )
 
     def _start_filling(self, picks: Picks, held: dict[int, Any], pool: ThreadPoolExecutor) -> Filling:
         feed = self._feed
@@ -165,7 +222,9 @@ class Epoch:
 class _Columns:
     """One row group's columns, ready to be picked from without copying."""
 
-    def __init__(self, group: tuple[Shard, int], dataset: Dataset, table: Any) -> None:
+    def __init__(self, group: tuple[Shard, int], dataset: Dataset, table: Any, *, is_stand_in: bool = False) -> None:
+        self.is_stand_in = is_stand_in
+        """Whether these rows only fill the places of a row group that cannot be read."""
         self.where = f"{dataset.uri}/{group[0].path}, row group {group[1]}"
         flat = {name: table.column(name).combine_chunks() for name in table.column_names}
         self.ids = flat["id"]
@@ -175,6 +234,7 @@ class _Columns:
         self.nodata = flat.get("nodata")
 
     def row(self, at: int) -> Row:
+        at %= len(self.ids)  # a stand-in may be shorter
         return Row(
             id=self.ids[at].as_py(),
             where=self.where,
@@ -230,7 +290,10 @@ def threads_reader(dataset: Dataset, groups: Groups, wanted: Iterator[int]) -> I
 
 def _read(dataset: Dataset, groups: Groups, group: int) -> Any:
     shard, index = groups[group]
-    return read_row_group(dataset.uri, shard, index)
+    try:
+        return read_row_group(dataset.uri, shard, index)
+    except IntegrityError as error:
+        return error
 
 
 def ray_reader(dataset: Dataset, groups: Groups, wanted: Iterator[int]) -> Iterator[Any]:

@@ -8,8 +8,8 @@ import sys
 
 import typer
 
-from scalecv.cli import data, experiments, operations
-from scalecv.cli.output import has_printed, keep_stdout_for_json, print_json
+from scalecv.cli import data, experiments, operations, records
+from scalecv.cli.output import clean_streams, has_printed, keep_stdout_for_json, print_json
 from scalecv.errors import ScalecvError
 
 app = typer.Typer(
@@ -24,10 +24,13 @@ app.command()(experiments.demo)
 app.command()(data.ingest)
 app.command()(experiments.train)
 app.command()(experiments.evaluate)
+app.command()(records.reproduce)
+app.command()(records.compare)
 app.add_typer(data.app, name="data")
 app.command()(experiments.config)
 app.command()(experiments.schema)
 app.command()(operations.doctor)
+app.command()(operations.chaos)
 app.command()(operations.ui)
 app.command()(operations.sync)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(operations.submit)
@@ -37,6 +40,7 @@ def main() -> None:
     """Entry point: run a verb, turn errors of ours into one message and an exit code."""
     if "--json" in sys.argv:
         keep_stdout_for_json()
+    clean_streams()
     code = 0
     try:
         returned = app(standalone_mode=False)  # a typer.Exit comes back as its code

@@ -1,7 +1,10 @@
-"""Verbs around experiments: doctor, ui, sync, submit."""
+"""Verbs around experiments: doctor, chaos, ui, sync, submit."""
 
+import signal
 import sys
+import tempfile
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -27,6 +30,52 @@ def doctor(
             )
     if any(check.ok is False for check in found):
         raise typer.Exit(1)
+
+
+def chaos(
+    experiment: Annotated[str, typer.Argument(metavar="EXPERIMENT", help="Experiment file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys to set.")] = None,
+    faults: Annotated[
+        str, typer.Option(help="Some of worker,node,driver,store,disk,tracker.")
+    ] = "worker,node,driver,store,disk,tracker",
+    seed: Annotated[int, typer.Option(help="Seed of the steps at which faults come.")] = 0,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that each fault is tried.")] = 1,
+    to: Annotated[str | None, typer.Option(help="New folder for runs and logs; a temporary one by default.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Prove that a recipe survives faults: run it in peace, then with each fault, and compare.
+
+    The run is shortened to 3 epochs unless train.epochs is set.
+    """
+    from scalecv import config
+    from scalecv.chaos.run import chaos as run
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is ended on the way out
+    given = config.parse_overrides(overrides or [])
+    resolved = config.load(experiment, given)
+    folder = Path(to or tempfile.mkdtemp(prefix="scalecv-chaos-"))
+    report = run(
+        [str(Path(experiment).resolve()), *(overrides or [])],
+        resolved,
+        list(given),
+        faults=[name.strip() for name in faults.split(",") if name.strip()],
+        folder=folder,
+        seed=seed,
+        rounds=rounds,
+        tell=_tell,
+    )
+    if as_json:
+        print_json({**asdict(report), "passed": report.passed, "share_done_once": report.share_done_once})
+    else:
+        for line in report.lines():
+            _tell(line)
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+def _tell(line: str) -> None:
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
 
 
 def sync(

@@ -1,8 +1,16 @@
-"""Starting weights: the library's own download, or a safetensors file behind a URI. Nothing is unpickled."""
+"""Starting weights: the library's own download, or a file behind a URI: safetensors, or one of torch.save.
 
+The only place that opens a pickle, of the user's own naming, and there torch's restricted reader alone does it:
+what is more than tensors in plain containers is refused, and nothing else is tried.
+"""
+
+import io
+import json
 import logging
+import struct
+import zipfile
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +21,14 @@ from scalecv.errors import ConfigError
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 SHOWN = 5
+PICKLED = (".pt", ".pth", ".bin", ".ckpt")
+MOST_HEADER_BYTES = 16 << 20
+WRAPPED_AS = ("state_dict", "model_state_dict", "model", "module", "weights")
+"""Keys under which trainers keep the weights in a file of torch.save."""
+
+
+class BadWeights(ValueError):
+    """Bytes that are not weights; says why."""
 
 
 def library_weights(what: str, fetch: Callable[[], T]) -> T:
@@ -31,27 +47,92 @@ def library_weights(what: str, fetch: Callable[[], T]) -> T:
 
 
 def load_weights(model: nn.Module, uri: str) -> list[str]:
-    """Start from a safetensors file, or from the one in a bundle's folder; returns the names that did not fit.
+    """Start from a safetensors file, the one in a bundle's folder, or a state dict that torch.save wrote.
 
-    Raises: ConfigError: nothing there, not safetensors, or weights of another network.
+    Returns: the names that did not fit.
+    Raises: ConfigError: nothing there, not weights, or those of another network.
+    """
+    is_pickled = uri.lower().endswith(PICKLED)
+    address = uri if is_pickled or uri.endswith(".safetensors") else storage.join(uri, "model.safetensors")
+    try:
+        data = storage.get(address)
+        state = pickled_tensors(data) if is_pickled else tensors(data)
+    except FileNotFoundError:
+        raise ConfigError(
+            f"model.weights={uri}: there is no {storage.without_secrets(address)}; name a safetensors file, a bundle, "
+            "a state dict of torch.save (.pt, .pth), or imagenet"
+        ) from None
+    except BadWeights as error:
+        raise ConfigError(
+            f"model.weights={uri} cannot be read: {error}. Save the state dict with safetensors.torch.save_file"
+        ) from None
+    return load_state(model, state, uri)
+
+
+def tensors(data: bytes) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises: BadWeights: damaged, of another format, or a name that stands twice, which two readers may read differently.
     """
     import safetensors
     import safetensors.torch
 
-    address = uri if uri.endswith(".safetensors") else storage.join(uri, "model.safetensors")
     try:
-        state = safetensors.torch.load(storage.get(address))
-    except FileNotFoundError:
-        raise ConfigError(
-            f"model.weights={uri}: there is no {storage.without_secrets(address)}; name a safetensors file, a bundle, "
-            "or imagenet"
-        ) from None
-    except safetensors.SafetensorError as error:
-        raise ConfigError(
-            f"model.weights={uri} is not a safetensors file ({error}); pickled files (.pt, .pth) are not read: "
-            "save the state dict with safetensors.torch.save_file"
-        ) from None
-    return load_state(model, state, uri)
+        (size,) = struct.unpack("<Q", data[:8])
+        if size > MOST_HEADER_BYTES:
+            raise BadWeights(f"not a safetensors file, its header would have {size} bytes")
+        found = safetensors.torch.load(data)
+        json.loads(data[8 : 8 + size], object_pairs_hook=_once)
+    except (safetensors.SafetensorError, struct.error, KeyError, TypeError, RuntimeError, RecursionError) as error:
+        raise BadWeights(f"not a safetensors file ({_line(error)})") from None
+    return found
+
+
+def pickled_tensors(data: bytes) -> dict[str, Tensor]:
+    """The state dict in a file of torch.save, read without running anything that it names.
+
+    Raises: BadWeights: an older or other format, or anything besides tensors and plain values.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as packed:
+            members = packed.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
+        raise BadWeights(f"not a file that torch.save has written since 1.6 ({_line(error)})") from None
+    names = [member.filename for member in members]
+    if len(set(names)) != len(names):
+        raise BadWeights("two members of the archive have one name")
+    if any(member.compress_type != zipfile.ZIP_STORED or member.file_size > len(data) for member in members):
+        raise BadWeights("its members are packed, torch.save stores them plainly")
+    try:
+        tree = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # the restricted reader raises many kinds; none of them is answered by another try
+        raise BadWeights(f"holds more than tensors in plain containers, or is damaged ({_line(error)})") from None
+    for node in [tree, *(tree.get(key) for key in WRAPPED_AS if isinstance(tree, Mapping))]:
+        found = _plain_tensors(node)
+        if found:
+            return found
+    raise BadWeights("holds no state dict, that is, names with their tensors")
+
+
+def _plain_tensors(node: Any) -> dict[str, Tensor]:
+    if not isinstance(node, Mapping) or not all(isinstance(name, str) for name in node):
+        return {}
+    if not all(isinstance(value, Tensor) and value.layout == torch.strided for value in node.values()):
+        return {}
+    return {name: value.detach() for name, value in node.items()}
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names: set[str] = set()
+    for name, _ in pairs:
+        if name in names:
+            raise BadWeights(f"'{name[:100]}' stands twice in the header")
+        names.add(name)
+    return dict(pairs)
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], where: str) -> list[str]:

@@ -36,6 +36,9 @@ REASONS: Final[tuple[str, ...]] = get_args(Reason)
 
 MAX_PIXELS = 128 * 1024 * 1024
 MAX_DECODED_BYTES = 1 << 30
+PLAIN_DECODED_BYTES = 256 << 20
+MAX_RATIO = 500
+"""Decoded by encoded bytes of an image that decodes to more than PLAIN_DECODED_BYTES; a larger share is a bomb."""
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 """What Pillow may open; TIFF goes through rasterio."""
 
@@ -139,7 +142,8 @@ def _load(data: bytes) -> Any:
     PIL.Image.MAX_IMAGE_PIXELS = MAX_PIXELS
     try:
         picture = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
-        _check_size(picture.width, picture.height, len(picture.getbands()) * (4 if picture.mode in "IF" else 1))
+        deep = 4 if picture.mode in ("I", "F") else 2 if picture.mode.startswith("I;16") else 1
+        _check_size(picture.width, picture.height, len(picture.getbands()) * deep, len(data))
     except PIL.Image.DecompressionBombError:
         raise BadImage("too_large", f"the header says over {2 * MAX_PIXELS} px, {MAX_PIXELS} are decoded") from None
     except PIL.UnidentifiedImageError:
@@ -173,7 +177,7 @@ def _tiff(data: bytes) -> Image:
     try:
         header = raster.profile(data)
         kind = np.dtype(header.dtype)
-        _check_size(header.width, header.height, header.bands * kind.itemsize)
+        _check_size(header.width, header.height, header.bands * kind.itemsize, len(data))
         if kind.kind not in "uif":
             raise BadImage("unsupported", f"pixels of dtype {header.dtype}")
         pixels, nodata = raster.read(data)
@@ -185,12 +189,15 @@ def _tiff(data: bytes) -> Image:
     return Image(pixels, "TIFF", nodata)
 
 
-def _check_size(width: int, height: int, bytes_per_pixel: int) -> None:
+def _check_size(width: int, height: int, bytes_per_pixel: int, encoded_bytes: int) -> None:
     if width * height > MAX_PIXELS:
         raise BadImage("too_large", f"{width}x{height} px, at most {MAX_PIXELS} pixels are decoded")
     if width * height * bytes_per_pixel > MAX_DECODED_BYTES:
         size_mb = width * height * bytes_per_pixel >> 20
         raise BadImage("too_large", f"{size_mb} MiB of pixels, at most {MAX_DECODED_BYTES >> 20} MiB are decoded")
+    decoded = width * height * bytes_per_pixel
+    if decoded > PLAIN_DECODED_BYTES and decoded > MAX_RATIO * encoded_bytes:
+        raise BadImage("too_large", f"{decoded >> 20} MiB of pixels out of {encoded_bytes} bytes, a decompression bomb")
 
 
 def _not_opened(data: bytes) -> BadImage:

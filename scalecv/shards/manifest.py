@@ -27,6 +27,8 @@ class Shard(Frozen):
     """First byte and end (exclusive) of each row group in the file."""
     footer_sha256: str = ""
     """Of the footer; pages carry checksums of their own, Parquet's footer has none."""
+    group_sha256: tuple[str, ...] = ()
+    """Of the bytes of each row group; empty in manifests of older releases, whose pages alone are checked."""
 
     @property
     def rows(self) -> int:
@@ -52,7 +54,7 @@ class Quarantine(Frozen):
     rows: int = 0
     reasons: dict[str, int] = {}
     """Reason -> rows."""
-    path: str | None = None
+    path: str | None = Field(None, pattern=r"^_facts/[0-9a-f]{64}\.parquet$")
     """Parquet file below the dataset with uri, path, stage, reason, detail, size_bytes, sha256."""
     sha256: str | None = None
 
@@ -140,7 +142,7 @@ def decode(data: bytes, where: str) -> Manifest:
                 "use the scalecv that wrote it, or ingest again"
             )
         manifest = Manifest.model_validate(tree)
-    except (ValueError, ValidationError) as error:
+    except (ValueError, ValidationError, RecursionError) as error:
         raise IntegrityError(
             f"{where} is not a manifest ({type(error).__name__}): restore it or ingest again"
         ) from None

@@ -7,6 +7,7 @@ starts from the manifest alone: one ranged read of a shard's footer, then one of
 import hashlib
 import io
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -56,6 +57,8 @@ def open_dataset(uri: str, version: int | None = None) -> Dataset:
         ours = next((v for v in reversed(known) if v < chosen and "manifest" in commit_facts(uri, v)), None)
         advice = f"open version {ours}, or ingest again into another place" if ours is not None else "ingest first"
         raise DataError(f"{where}: version {chosen} was written by another tool, without a manifest: {advice}")
+    if not re.fullmatch(rf"{FACTS}/[0-9a-f]{{64}}\.json", facts["manifest"]) or "manifest_sha256" not in facts:
+        raise IntegrityError(f"{where}: the commit of version {chosen} names no manifest below {FACTS}/: restore it")
     path = storage.join(uri, facts["manifest"])
     try:
         data = storage.get(path, sha256=facts["manifest_sha256"])
@@ -73,15 +76,22 @@ def versions(uri: str) -> list[int]:
 def commit_facts(uri: str, version: int) -> dict[str, str]:
     """What a commit's metadata says under scalecv's keys; empty for a commit of another tool."""
     data = storage.get(storage.join(uri, LOG, f"{version:020d}.json"))
-    for line in data.splitlines():
-        info = json.loads(line).get("commitInfo") if line.strip() else None
-        if info is not None:
-            return {k.removeprefix(_KEY): str(v) for k, v in info.items() if k.startswith(_KEY)}
+    try:
+        for line in data.splitlines():
+            info = json.loads(line).get("commitInfo") if line.strip() else None
+            if info is not None:
+                return {k.removeprefix(_KEY): str(v) for k, v in info.items() if k.startswith(_KEY)}
+    except (ValueError, AttributeError, RecursionError):
+        where = storage.without_secrets(storage.join(uri, LOG))
+        raise IntegrityError(f"{where}: commit {version} is damaged: restore it, or open another version") from None
     return {}
 
 
 def read_row_group(uri: str, shard: Shard, index: int, columns: Sequence[str] | None = None) -> "pa.Table":
     """One row group of a shard; only its byte range is read, and the footer once per process.
+
+    The bytes of a whole row group are compared with their SHA-256 in the manifest, those of some columns with the
+    checksums of their pages. What is damaged or gone is fetched once more.
 
     Args:
         uri: the dataset.
@@ -91,6 +101,13 @@ def read_row_group(uri: str, shard: Shard, index: int, columns: Sequence[str] | 
 
     Raises: IntegrityError: the bytes are not those that were written; names shard and row group.
     """
+    try:
+        return _read_once(uri, shard, index, columns)
+    except IntegrityError:
+        return _read_once(uri, shard, index, columns)
+
+
+def _read_once(uri: str, shard: Shard, index: int, columns: Sequence[str] | None) -> "pa.Table":
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -101,10 +118,12 @@ def read_row_group(uri: str, shard: Shard, index: int, columns: Sequence[str] | 
         group = footer.row_group(index)
         ranges = list(_ranges(group, columns, shard.byte_ranges[index]))
         parts = [(start, storage.get_range(path, start, end)) for start, end in ranges]
+        is_checked = columns is None and bool(shard.group_sha256)
+        if is_checked and hashlib.sha256(parts[0][1]).hexdigest() != shard.group_sha256[index]:
+            raise ValueError("its SHA-256 is not the one in the manifest")
         file = pa.PythonFile(_Parts(parts, shard.size_bytes), mode="r")
-        table = pq.ParquetFile(file, metadata=footer, page_checksum_verification=True, pre_buffer=False).read_row_group(
-            index, columns=None if columns is None else list(columns), use_threads=False
-        )
+        opened = pq.ParquetFile(file, metadata=footer, page_checksum_verification=not is_checked, pre_buffer=False)
+        table = opened.read_row_group(index, columns=None if columns is None else list(columns), use_threads=False)
     except FileNotFoundError:
         raise IntegrityError(f"{path} is gone: restore it, or ingest again into another place") from None
     except (pa.ArrowException, OSError, ValueError, IndexError, UnicodeDecodeError) as error:
@@ -240,12 +259,12 @@ class _Parts(io.RawIOBase):
 
 def _nothing_there(uri: str) -> str:
     where = storage.without_secrets(uri)
-    names = storage.list_names(uri)
+    names = storage.list_names(uri, limit=5)
     if names:
-        return f"{where} is not a dataset: it holds {', '.join(names[:5])}; make one with scalecv ingest {where} --to …"
+        return f"{where} is not a dataset: it holds {', '.join(names)}; make one with scalecv ingest {where} --to …"
     above, _, name = uri.rpartition("/")
     try:
-        near = nearest(name, storage.list_names(above)) if above and not above.endswith(":/") else ""
+        near = nearest(name, storage.list_names(above, limit=1000)) if above and not above.endswith(":/") else ""
     except StorageDenied:
         near = ""
     return f"no dataset at {where}{near}: make one with scalecv ingest SOURCE --to {where}"

@@ -88,6 +88,7 @@ def describe(data: bytes | memoryview, split: str) -> Shard:
     groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
     sha256 = hashlib.sha256(data).hexdigest()
     footer_bytes = struct.unpack("<I", data[-8:-4])[0] + 8
+    ranges = tuple(_range(group) for group in groups)
     return Shard(
         path=f"split={split}/{sha256}.parquet",
         split=split,
@@ -95,8 +96,9 @@ def describe(data: bytes | memoryview, split: str) -> Shard:
         sha256=sha256,
         row_groups=tuple(group.num_rows for group in groups),
         footer_bytes=footer_bytes,
-        byte_ranges=tuple(_range(group) for group in groups),
+        byte_ranges=ranges,
         footer_sha256=hashlib.sha256(data[-footer_bytes:]).hexdigest(),
+        group_sha256=tuple(hashlib.sha256(data[start:end]).hexdigest() for start, end in ranges),
     )
 
 

@@ -11,7 +11,7 @@ import sqlite3
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TextIO
+from typing import Any, TextIO
 
 from scalecv import storage
 from scalecv.errors import ConfigError, DataError, nearest
@@ -66,7 +66,7 @@ def csv_table(uri: str, csv_name: str | None = None, group: str | None = None) -
     """
     folder, table = locate(uri, csv_name)
     with _text(storage.join(folder, table)) as text, contextlib.closing(sqlite3.connect("")) as listing:
-        rows = csv.reader(text, delimiter="\t" if table.lower().endswith(".tsv") else ",")
+        rows = _rows(csv.reader(text, delimiter="\t" if table.lower().endswith(".tsv") else ","), table)
         columns = _columns(next(rows, []), group, table)
         listing.execute("PRAGMA journal_mode=OFF")
         listing.execute("CREATE TABLE entry (path TEXT PRIMARY KEY, size INT, etag TEXT) WITHOUT ROWID")
@@ -85,6 +85,16 @@ def csv_table(uri: str, csv_name: str | None = None, group: str | None = None) -
             yield _found(listing, row, columns, cut, f"{table}, line {number}")
         if (unlisted := listing.execute("SELECT count(*) FROM entry").fetchone()[0] - seen) > 0:
             yield LeftOut(table, f"about {unlisted} images of the folder are not listed in {table}")
+
+
+def _rows(reader: Any, table: str) -> Iterator[list[str]]:
+    """Raises: DataError: a line that is none of a table, such as a field of more than 128 kB."""
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise DataError(
+            f"{table}, line {reader.line_num}: {error}; is it a table, and are its quotes closed?"
+        ) from None
 
 
 def _found(listing: sqlite3.Connection, row: Sequence[str], columns: _Columns, cut: str, where: str) -> Found | LeftOut:

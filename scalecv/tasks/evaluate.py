@@ -1,5 +1,6 @@
 """Score a model on every row of a split, once, on any number of ranks."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -42,8 +43,9 @@ def evaluate(
     class_weights: torch.Tensor | None = None,
     channels_last: bool = False,
     pictures: int = 0,
+    each: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Sums of a task's score and of the weighted loss over every row of a feed's split.
+    """Sums of a task's score and of the weighted loss over every row of a feed's split; `each` follows each batch.
 
     Raises: RuntimeError: other rows were scored than the manifest lists; that would be our own error.
     """
@@ -66,6 +68,7 @@ def evaluate(
         out.order_total += order_sum(raw["position"].numpy()[counts], ids, 0)
         if pictures:
             _keep(out, task, raw, batch, logits, per_sample, pictures)
+        each()
     out.sums, out.wait_s = over_ranks(sums), batches.wait_s
     out.rows = int(out.sums["seen"].item())
     expected = feed.dataset.manifest.splits.get(feed.split, 0)

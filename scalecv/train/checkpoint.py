@@ -5,8 +5,9 @@
         resume.safetensors resume.json      optimiser tensors; position, scheduler, scaler, history
         manifest.json                       written last: size and SHA-256 of each part
 
-The folder's name holds the number of updates and a hash of the content, so nothing is ever written over.
-Which checkpoint is the newest is decided by these manifests alone.
+The folder's name holds the number of updates and the first digits of the manifest's own SHA-256, so nothing is ever
+written over, and no bit of a manifest or a part can change unnoticed. Which checkpoint is the newest is decided by
+these manifests alone.
 """
 
 import hashlib
@@ -17,15 +18,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from scalecv import storage
-from scalecv.errors import IntegrityError
+from scalecv.errors import DataError, IntegrityError
 
 if TYPE_CHECKING:
     import torch
 
+FORMAT = 2
 MANIFEST = "manifest.json"
 STATE = "resume.json"
 TENSORS = "resume.safetensors"
 NAME = re.compile(r"^\d{8}-[0-9a-f]{8}$")
+PART = re.compile(r"^\w[\w.-]*$")
 
 
 @dataclass(frozen=True)
@@ -39,30 +42,43 @@ class Checkpoint:
 
 
 def save(run: str, parts: dict[str, bytes], updates: int, metric: float | None) -> Checkpoint:
-    """Write a checkpoint: the parts first, the manifest last."""
+    """Write a checkpoint: the parts first, the manifest last.
+
+    Raises: StorageError: no space, or no answer; then the checkpoint does not count, and those before it are as
+        they were.
+    """
     sums = {name: {"sha256": hashlib.sha256(data).hexdigest(), "size_bytes": len(data)} for name, data in parts.items()}
-    content = hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
-    uri = storage.join(run, "checkpoints", f"{updates:08d}-{content[:8]}")
+    manifest = {"format": FORMAT, "updates": updates, "metric": metric, "parts": sums}
+    encoded = json.dumps(manifest, indent=1).encode()
+    uri = storage.join(_folder(run), f"{updates:08d}-{_tag(encoded)}")
     for name, data in parts.items():
         storage.put(storage.join(uri, name), data)
-    manifest = {"format": 1, "updates": updates, "metric": metric, "parts": sums}
-    storage.put(storage.join(uri, MANIFEST), json.dumps(manifest, indent=1).encode())
+    storage.put(storage.join(uri, MANIFEST), encoded)
     return Checkpoint(uri, updates, metric, sums)
 
 
 def complete(run: str) -> tuple[list[Checkpoint], list[str]]:
-    """The checkpoints whose manifest is there and readable, newest first, and what was passed over and why."""
+    """The checkpoints whose manifest is there and as it was written, newest first; what was passed over and why.
+
+    Raises: DataError: a checkpoint in the format of another release.
+    """
     found, skipped = [], []
-    for name in sorted(storage.list_names(storage.join(run, "checkpoints")), reverse=True):
-        if not NAME.match(name):
-            continue
-        uri = storage.join(run, "checkpoints", name)
+    for name in _names(run):
+        uri = storage.join(_folder(run), name)
         try:
-            manifest = json.loads(storage.get(storage.join(uri, MANIFEST)))
-            found.append(Checkpoint(uri, int(manifest["updates"]), manifest["metric"], dict(manifest["parts"])))
+            data = storage.get(storage.join(uri, MANIFEST))
         except FileNotFoundError:
             skipped.append(f"{uri}: not complete (no manifest)")
-        except (ValueError, KeyError, TypeError):
+            continue
+        manifest, is_whole = _decoded(data), _tag(data) == name.partition("-")[2]
+        if manifest.get("format") == 1 or (is_whole and manifest.get("format") != FORMAT):
+            raise DataError(
+                f"{uri} has checkpoint format {manifest.get('format')}, this scalecv reads {FORMAT}: "
+                "go on with the scalecv that wrote it, or start over with --new"
+            )
+        if is_whole and _is_well_formed(manifest):
+            found.append(Checkpoint(uri, manifest["updates"], manifest["metric"], manifest["parts"]))
+        else:
             skipped.append(f"{uri}: its manifest is damaged")
     return found, skipped
 
@@ -101,13 +117,58 @@ def best(found: list[Checkpoint], *, larger_is_better: bool = True) -> Checkpoin
 
 
 def collect(run: str, keep: int, *, larger_is_better: bool = True) -> None:
-    """Remove what is neither the best nor among the `keep` newest; the manifest goes first."""
+    """Remove what is neither the best nor among the `keep` newest, and what crashed or damaged ones left behind.
+
+    A folder that counts for more updates than the newest complete checkpoint may be about to become one, so it
+    stays. Of a checkpoint that goes, the manifest goes first: a crash in between leaves nothing that counts.
+    """
     found, _ = complete(run)
+    if not found:
+        return
     top = best(found, larger_is_better=larger_is_better)
-    for checkpoint in found[keep:]:
-        if top is None or checkpoint.uri != top.uri:
-            storage.delete([storage.join(checkpoint.uri, MANIFEST)])
-            storage.delete(storage.join(checkpoint.uri, name) for name in checkpoint.parts)
+    kept = {checkpoint.uri: [MANIFEST, *checkpoint.parts] for checkpoint in [*found[:keep], *([top] if top else [])]}
+    for name in _names(run):
+        uri = storage.join(_folder(run), name)
+        if int(name.partition("-")[0]) <= found[0].updates:
+            known = kept.get(uri, [])
+            if not known:
+                storage.delete([storage.join(uri, MANIFEST)])
+            storage.delete([storage.join(uri, part) for part in storage.list_names(uri) if part not in known])
+
+
+def _folder(run: str) -> str:
+    return storage.join(run, "checkpoints")
+
+
+def _names(run: str) -> list[str]:
+    """Folders of checkpoints, complete or not, newest first."""
+    return sorted(filter(NAME.match, storage.list_names(_folder(run))), reverse=True)
+
+
+def _tag(manifest: bytes) -> str:
+    return hashlib.sha256(manifest).hexdigest()[:8]
+
+
+def _decoded(data: bytes) -> dict[str, Any]:
+    try:
+        tree = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    return tree if isinstance(tree, dict) else {}
+
+
+def _is_well_formed(manifest: dict[str, Any]) -> bool:
+    """Whether the types are ours, and every part lies in the checkpoint's own folder."""
+    updates, metric, parts = (manifest.get(key) for key in ("updates", "metric", "parts"))
+    return (
+        isinstance(updates, int)
+        and (metric is None or isinstance(metric, int | float))
+        and isinstance(parts, dict)
+        and all(PART.match(name) and isinstance(told, dict) for name, told in parts.items())
+        and all(
+            isinstance(told.get("sha256"), str) and isinstance(told.get("size_bytes"), int) for told in parts.values()
+        )
+    )
 
 
 def pack_optimizer(optimizer: "torch.optim.Optimizer") -> bytes:

@@ -1,5 +1,9 @@
 """What can be known to be wrong before a worker starts: the experiment against the manifest."""
 
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
 from scalecv.batches.pixels import Pixels, pixels_of
 from scalecv.config import Experiment
 from scalecv.errors import ConfigError, DataError, nearest
@@ -11,6 +15,8 @@ MEASURES = {
 }
 PER_CLASS = ("recall_", "iou_")
 KIND = {"classify": "label", "segment": "mask"}
+SHARDS = 4
+"""Logical shards of a global batch where train.exact is set (see exact.py)."""
 
 
 def check(experiment: Experiment, manifest: Manifest) -> list[str]:
@@ -28,24 +34,98 @@ def check(experiment: Experiment, manifest: Manifest) -> list[str]:
             "out, or choose bands with data.bands"
         )
     _batch(experiment, manifest)
+    if experiment.train.exact:
+        _exact(experiment)
+    _sizes(experiment)
     return _notes(experiment, manifest, pixels)
+
+
+def sizes(experiment: Experiment) -> list[int]:
+    """The numbers of workers that a run may have, largest first; one alone where scale.min_workers is not set."""
+    train, scale = experiment.train, experiment.scale
+    if not scale.workers:
+        return [0]
+    return [
+        workers
+        for workers in range(scale.workers, (scale.min_workers or scale.workers) - 1, -1)
+        if not train.batch % workers
+        and not (train.micro_batch and train.batch // workers % train.micro_batch)
+        and not (train.exact and SHARDS % workers)
+    ]
+
+
+def check_names(experiment: Experiment) -> None:
+    """Look up a network's names in the libraries' sources, in some milliseconds; ask the libraries if one is not there.
+
+    Raises: ConfigError: nobody knows the name.
+    """
+    model = experiment.model
+    if experiment.task == "classify" and not re.search(r"[:/]", model.arch):
+        declared = r"^@register_model\(.*\)\n(?:@.*\n)*def (\w+)\("
+        if model.arch not in _declared("torchvision", "models", declared):
+            from scalecv.models import find_builder
+
+            find_builder(model.arch)
+    if experiment.task == "segment" and not model.encoder.startswith("tu-"):
+        if model.encoder not in _declared("segmentation_models_pytorch", "encoders", r'^ {4}"([\w.-]+)": \{'):
+            from scalecv.models.segmenters import check_encoder
+
+            check_encoder(model.encoder)
+
+
+def _declared(package: str, folder: str, pattern: str) -> set[str]:
+    """Names that the files of a package's folder declare, without importing it."""
+    spec = find_spec(package)
+    top = Path(spec.origin).parent / folder if spec and spec.origin else Path()
+    return {name for file in top.glob("*.py") for name in re.findall(pattern, file.read_text(), re.MULTILINE)}
 
 
 def check_network(experiment: Experiment, manifest: Manifest) -> None:
     """The part that needs torch: while it is imported, workers start already.
 
-    Raises: ConfigError: network or loss do not fit the task, or the recipe cannot be exact.
+    Raises: ConfigError: network or loss do not fit the task.
     """
     from scalecv.models import task_of
     from scalecv.tasks import TASKS
-    from scalecv.train import exact
 
     gives = task_of(experiment.model.arch)
     if gives not in (experiment.task, None):
         raise ConfigError(f"model.arch={experiment.model.arch} is a network to {gives}, the task is {experiment.task}")
     TASKS[experiment.task].check(experiment.loss, len(manifest.classes))
-    if experiment.train.exact:
-        exact.check(experiment)
+
+
+def _exact(experiment: Experiment) -> None:
+    """Refuse what cannot be exact, with the reason and what to set instead."""
+    train, workers = experiment.train, max(1, experiment.scale.workers)
+    if experiment.model.norm in ("batch", "sync"):
+        raise ConfigError(
+            f"train.exact=true with model.norm={experiment.model.norm}: batch statistics depend on how a batch is cut; "
+            "set model.norm=group or frozen"
+        )
+    if SHARDS % workers:
+        raise ConfigError(f"train.exact=true works on 1, 2 or {SHARDS} workers, not on scale.workers={workers}")
+    if train.batch % SHARDS:
+        raise ConfigError(
+            f"train.exact=true cuts a batch into {SHARDS}: train.batch={train.batch} is no multiple of it"
+        )
+    if train.micro_batch and train.batch // SHARDS % train.micro_batch:
+        raise ConfigError(
+            f"train.exact=true: train.micro_batch={train.micro_batch} does not divide the {train.batch // SHARDS} "
+            f"images of a logical shard (train.batch={train.batch} in {SHARDS} parts)"
+        )
+    if train.precision == "fp16":
+        raise ConfigError("train.exact=true with train.precision=fp16: the loss scale is not kept; set bf16 or fp32")
+
+
+def _sizes(experiment: Experiment) -> None:
+    fewest = experiment.scale.min_workers
+    fitting = sizes(experiment)
+    if fewest and fewest not in fitting:
+        batch = f"train.batch={experiment.train.batch}" + (" with train.exact=true" if experiment.train.exact else "")
+        raise ConfigError(
+            f"scale.min_workers={fewest}: {batch} cannot be shared by {fewest} workers; "
+            f"set scale.min_workers={min(fitting)}, or leave it out to have {experiment.scale.workers} at all times"
+        )
 
 
 def _labels(experiment: Experiment, manifest: Manifest, where: str) -> None:

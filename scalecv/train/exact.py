@@ -13,36 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import distributed as dist
 
-from scalecv.config import Experiment
-from scalecv.errors import ConfigError
-
-SHARDS = 4
-
-
-def check(experiment: Experiment) -> None:
-    """Refuse what cannot be exact.
-
-    Raises: ConfigError: with the reason and what to set instead.
-    """
-    train, workers = experiment.train, max(1, experiment.scale.workers)
-    if experiment.model.norm in ("batch", "sync"):
-        raise ConfigError(
-            f"train.exact=true with model.norm={experiment.model.norm}: batch statistics depend on how a batch is cut; "
-            "set model.norm=group or frozen"
-        )
-    if SHARDS % workers:
-        raise ConfigError(f"train.exact=true works on 1, 2 or {SHARDS} workers, not on scale.workers={workers}")
-    if train.batch % SHARDS:
-        raise ConfigError(
-            f"train.exact=true cuts a batch into {SHARDS}: train.batch={train.batch} is no multiple of it"
-        )
-    if train.micro_batch and train.batch // SHARDS % train.micro_batch:
-        raise ConfigError(
-            f"train.exact=true: train.micro_batch={train.micro_batch} does not divide the {train.batch // SHARDS} "
-            f"images of a logical shard (train.batch={train.batch} in {SHARDS} parts)"
-        )
-    if train.precision == "fp16":
-        raise ConfigError("train.exact=true with train.precision=fp16: the loss scale is not kept; set bf16 or fp32")
+from scalecv.train.checks import SHARDS
 
 
 def gradients(

@@ -9,7 +9,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -25,8 +25,12 @@ from scalecv.models.losses import weighted
 from scalecv.schema import Batch
 from scalecv.tasks.evaluate import Evaluation, evaluate
 from scalecv.tasks.task import Task
-from scalecv.train import exact
+from scalecv.train import exact, nonfinite
+from scalecv.train.meter import Meter
 from scalecv.train.optim import Progress, learning_rate
+from scalecv.train.requests import Asked, Leaves, Requests, Stopped
+from scalecv.train.saving import Saver
+from scalecv.train.watchdog import Watchdog
 
 Event = dict[str, Any]
 
@@ -45,12 +49,13 @@ class Setup:
     metric: str
     """The metric that decides, such as val/accuracy."""
     larger_is_better: bool
+    run: str
+    """URI of the run."""
     report: Callable[[list[Event]], None]
     """Called equally often on every rank; what rank 0 says is recorded."""
-    save: Callable[["State", float | None], None]
-    """Write a checkpoint (rank 0 writes, all wait)."""
-    stop_requested: Callable[[], bool]
-    """Asked on rank 0 only."""
+    saver: Saver
+    requests: Requests
+    watchdog: Watchdog
 
 
 @dataclass
@@ -88,57 +93,78 @@ class State:
         }
 
 
-class NonFiniteError(ScalecvError):
-    """The gradient is not a finite number; the weights were not updated."""
-
-
 def fit(setup: Setup, state: State) -> str:
-    """Train to the end: "finished", "stopped" (early stopping) or "interrupted" (state saved)."""
+    """Train to the end: "finished", "stopped" (early stopping) or "interrupted" (state saved).
+
+    Raises: Leaves: a process of the run is about to be ended (state saved). NonFiniteError: a gradient is no number.
+    """
     train = setup.experiment.train
     upcoming: Epoch | None = None
     try:
         while state.epoch < train.epochs and not state.progress.stops(train):
             current = upcoming or setup.feeds["train"].epoch(state.epoch, state.step)
             upcoming = None
-            told, stop = _one_epoch(setup, state, current)
-            if told is None:
-                gather_order(state)
-                setup.save(state, None)
-                return "interrupted"
-            if state.epoch + 1 < train.epochs and not stop:
+            told = _one_epoch(setup, state, current)
+            if state.epoch + 1 < train.epochs:
                 upcoming = setup.feeds["train"].epoch(state.epoch + 1)  # its first batches load while we validate
             _close_epoch(setup, state, told)
-            if stop and state.epoch < train.epochs:
-                return "interrupted"
+    except Stopped:
+        return "interrupted"
     finally:
         if upcoming:
             upcoming.close()
     return "stopped" if state.progress.stops(train) and state.epoch < train.epochs else "finished"
 
 
-def _one_epoch(setup: Setup, state: State, batches: Epoch) -> tuple[dict[str, float] | None, bool]:
-    """Train to the end of an epoch; its numbers (None if it did not get there), and whether a stop was asked for."""
-    train, every = setup.experiment.train, setup.experiment.track.log_every
-    plan = batches.plan
+def _one_epoch(setup: Setup, state: State, batches: Epoch) -> dict[str, float]:
+    """Train to the end of an epoch; its numbers."""
+    train, track = setup.experiment.train, setup.experiment.track
+    steps = batches.plan.steps
     state.network.train()
-    meter, stop = _Meter(setup, plan.steps, state.step), False
-    for step, raw in batches:
-        torch.manual_seed(_seed(setup, state.epoch, step, setup.rank))
-        lr = learning_rate(train, state.epoch * plan.steps + step, plan.steps, state.progress.plateau_scale)
-        for group in state.optimizer.param_groups:
-            group["lr"] = lr
-        loss, norm = _update(setup, state, raw, plan.valid_rows(step))
-        valid = raw["valid"].numpy()
-        ids = [row for row, counts in zip(raw["id"], valid, strict=True) if counts]
-        state.order_total += order_sum(raw["position"].numpy()[valid], ids, state.epoch)
-        state.step, state.updates = step + 1, state.updates + 1
-        meter.add(loss, int(valid.sum()))
-        if (step + 1) % every == 0 or step + 1 == plan.steps:
-            stop = meter.tell(state, batches.wait_s, lr, norm, setup.stop_requested)
-            if stop and step + 1 < plan.steps:
-                batches.close()
-                return None, True
-    return meter.of_epoch(state), stop
+    meter = Meter(setup, batches, state.step)
+    with closing(batches):
+        for step, raw in batches:
+            is_last = step + 1 == steps
+            due = not is_last and track.checkpoint_steps is not None and (step + 1) % track.checkpoint_steps == 0
+            setup.requests.begin(save=due)
+            torch.manual_seed(_seed(setup, state.epoch, step, setup.rank))
+            lr = learning_rate(train, state.epoch * steps + step, steps, state.progress.plateau_scale)
+            for group in state.optimizer.param_groups:
+                group["lr"] = lr
+            loss, norm = _update(setup, state, raw, batches.plan.valid_rows(step))
+            valid = raw["valid"].numpy()
+            ids = [row for row, counts in zip(raw["id"], valid, strict=True) if counts]
+            state.order_total += order_sum(raw["position"].numpy()[valid], ids, state.epoch)
+            state.step, state.updates = step + 1, state.updates + 1
+            meter.add(loss, int(valid.sum()))
+            setup.watchdog.tick()
+            setup.saver.check()
+            asked = setup.requests.end()
+            if (step + 1) % track.log_every == 0 or is_last:
+                meter.tell(state, lr, norm)
+            _heed(setup, state, asked, meter)
+    return meter.of_epoch(state)
+
+
+def _heed(setup: Setup, state: State, asked: Asked, meter: Meter | None = None) -> None:
+    """Do what is asked of the run; called on all ranks with the same."""
+    if asked.save:
+        if meter:
+            meter.gather(state)
+        _save(setup, state, None)
+    _obey(setup, asked)
+
+
+def _obey(setup: Setup, asked: Asked) -> None:
+    if asked.stop or asked.leave:
+        setup.saver.settle()
+        raise Stopped if asked.stop else Leaves
+
+
+def _save(setup: Setup, state: State, value: float | None) -> None:
+    gather_order(state)
+    setup.saver.save(state, value)
+    setup.watchdog.tick()
 
 
 def _update(setup: Setup, state: State, raw: Batch, counted: int) -> tuple[torch.Tensor, float]:
@@ -150,32 +176,33 @@ def _update(setup: Setup, state: State, raw: Batch, counted: int) -> tuple[torch
     train = setup.experiment.train
     batch = to_device(raw, setup.feeds["train"].pixels, setup.device, train.channels_last)
     rows = len(raw["id"])
+    terms: nonfinite.Terms = []
     if train.exact:
 
         def backward(part: slice, shard: int) -> torch.Tensor:
             torch.manual_seed(_seed(setup, state.epoch, state.step, shard))
-            return _backward(setup, state, batch, part, 1 / counted)
+            return _backward(setup, state, batch, part, 1 / counted, terms)
 
         total = exact.gradients(state.model, rows, setup.rank, setup.ranks, backward)
     else:
-        total = _backward(setup, state, batch, slice(0, rows), setup.ranks / counted)
+        total = _backward(setup, state, batch, slice(0, rows), setup.ranks / counted, terms)
     state.scaler.unscale_(state.optimizer)
     limit = train.clip_norm if train.clip_norm is not None else float("inf")
-    norm = float(torch.nn.utils.clip_grad_norm_(state.model.parameters(), limit))
+    norm = float(torch.nn.utils.clip_grad_norm_(state.model.parameters(), limit))  # the same on all ranks
     # A scaled fp16 gradient may overflow: the scaler skips that update. A loss that is not finite is an error anyway.
-    if not math.isfinite(norm) and (not state.scaler.is_enabled() or not math.isfinite(float(total))):
-        raise NonFiniteError(
-            f"the gradient is {norm} at epoch {state.epoch + 1}, step {state.step + 1}: the weights were not updated. "
-            f"Lower train.lr, set train.clip_norm, or look at the rows {', '.join(raw['id'][:4])} …"
-        )
+    if not math.isfinite(norm) and not (state.scaler.is_enabled() and nonfinite.is_finite_everywhere(total)):
+        at = {"epoch": state.epoch, "step": state.step, "updates": state.updates}
+        nonfinite.stop(setup.run, setup.rank, at, norm, raw["id"], raw["valid"].tolist(), terms)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
     return total, norm
 
 
-def _backward(setup: Setup, state: State, batch: dict[str, Any], rows: slice, scale: float) -> torch.Tensor:
-    """Add the gradient of some rows, micro-batch by micro-batch; the sum of their losses."""
+def _backward(
+    setup: Setup, state: State, batch: dict[str, Any], rows: slice, scale: float, told: nonfinite.Terms
+) -> torch.Tensor:
+    """Add the gradient of some rows, micro-batch by micro-batch; the sum of their losses, and their terms in `told`."""
     experiment, size = setup.experiment, setup.experiment.train.micro_batch or rows.stop - rows.start
     weights = experiment.loss.terms() or setup.task.default_loss(len(setup.feeds["train"].pixels.classes))
     total = torch.zeros((), device=setup.device)
@@ -188,6 +215,7 @@ def _backward(setup: Setup, state: State, batch: dict[str, Any], rows: slice, sc
             loss = (weighted(terms, weights) * micro["valid"]).sum()
             state.scaler.scale(loss * scale).backward()
         total += loss.detach()
+        told.append({name: values.detach() for name, values in terms.items()})
     return total
 
 
@@ -203,7 +231,11 @@ def _close_epoch(setup: Setup, state: State, told: dict[str, float]) -> None:
     scores = dict(told)
     _same_buffers(state.model)
     if "val" in setup.feeds:
-        checked = validate(setup, state.model, "val")
+
+        def each() -> None:
+            _heed(setup, state, _heard(setup))
+
+        checked = validate(setup, state.model, "val", each)
         scores |= summary(setup, checked, "val")
     scores["time/validation_s"] = time.perf_counter() - began
     value = scores.get(setup.metric)
@@ -215,8 +247,7 @@ def _close_epoch(setup: Setup, state: State, told: dict[str, float]) -> None:
     state.epoch, state.step = state.epoch + 1, 0
     state.epoch_loss, state.epoch_rows = 0.0, 0.0
     state.history.append({"epoch": float(state.epoch), **scores})
-    gather_order(state)
-    setup.save(state, value)
+    _save(setup, state, value)
     now = int(time.time() * 1000)
     took = scores["time/train_s"] + scores["time/validation_s"]
     line = {
@@ -227,7 +258,23 @@ def _close_epoch(setup: Setup, state: State, told: dict[str, float]) -> None:
         "is_epoch_end": True,
         "left_s": took * (train.epochs - state.epoch),
     }
-    setup.report([{"kind": "metrics", "step": state.updates, "time_ms": now, "metrics": scores}, line])
+    point = {"kind": "metrics", "step": state.updates, "time_ms": now, "metrics": scores}
+    setup.report([point, line, *setup.saver.written()])
+
+
+def _heard(setup: Setup) -> Asked:
+    """What all ranks were asked for, between two batches of a validation."""
+    setup.watchdog.tick()
+    setup.requests.begin()
+    return setup.requests.end()
+
+
+def obey(setup: Setup) -> None:
+    """End the run if that was asked for and all of it is saved already; called on all ranks.
+
+    Raises: Stopped, Leaves: it was.
+    """
+    _obey(setup, _heard(setup))
 
 
 def _same_buffers(model: torch.nn.Module) -> None:
@@ -237,8 +284,10 @@ def _same_buffers(model: torch.nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
-def validate(setup: Setup, model: torch.nn.Module, split: str, pictures: int = 0) -> Evaluation:
-    """Score a split with the loss and precision of the run."""
+def validate(
+    setup: Setup, model: torch.nn.Module, split: str, each: Callable[[], None], pictures: int = 0
+) -> Evaluation:
+    """Score a split with the loss and precision of the run; `each` is called after each batch, on all ranks."""
     with _autocast(setup):
         return evaluate(
             model,
@@ -249,6 +298,7 @@ def validate(setup: Setup, model: torch.nn.Module, split: str, pictures: int = 0
             class_weights=setup.class_weights,
             channels_last=setup.experiment.train.channels_last,
             pictures=pictures,
+            each=each,
         )
 
 
@@ -267,79 +317,6 @@ def gather_order(state: State) -> None:
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, state.order_total)
     state.order_total = sum(everyone) % (1 << 256) if dist.get_rank() == 0 else 0
-
-
-class _Meter:
-    """Loss, speed and waiting since the last point; one host sync and one all-reduce for each point."""
-
-    def __init__(self, setup: Setup, steps: int, start: int) -> None:
-        self.setup, self.steps, self.told_step = setup, steps, start
-        self.began = self.last = time.perf_counter()
-        self.loss = torch.zeros((), device=setup.device)
-        self.rows = 0
-        self.rows_seen, self.wait_s, self.last_wait_s = 0.0, 0.0, 0.0
-
-    def add(self, loss: torch.Tensor, rows: int) -> None:
-        self.loss += loss
-        self.rows += rows
-
-    def tell(self, state: State, wait_s: float, lr: float, norm: float, stop: Callable[[], bool]) -> bool:
-        """Report a point; whether a stop was asked for."""
-        now = time.perf_counter()
-        asked = self.setup.rank == 0 and stop()
-        sums = torch.tensor([0.0, self.rows, wait_s - self.last_wait_s, float(asked)], dtype=torch.float64)
-        sums[0] = self.loss.item()
-        if dist.is_initialized():
-            sums = sums.to(self.setup.device)
-            dist.all_reduce(sums)
-        loss, rows, waited, stops = sums.tolist()
-        took, self.last, self.last_wait_s = now - self.last, now, wait_s
-        self.rows_seen, self.wait_s = self.rows_seen + rows, self.wait_s + waited
-        state.epoch_loss, state.epoch_rows = state.epoch_loss + loss, state.epoch_rows + rows
-        self.loss, self.rows = torch.zeros_like(self.loss), 0
-        speed = rows / max(took, 1e-9)
-        share = waited / self.setup.ranks / max(took, 1e-9)
-        point = {
-            "train/batch_loss": loss / max(1.0, rows),
-            "train/lr": lr,
-            "train/grad_norm": norm,
-            "system/images_per_s": speed,
-            "system/data_wait_share": share,
-        }
-        if self.setup.device.type == "cuda":
-            point["system/gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        self.setup.report(
-            [
-                {"kind": "metrics", "step": state.updates, "time_ms": int(time.time() * 1000), "metrics": point},
-                {
-                    "kind": "progress",
-                    "epoch": state.epoch + 1,
-                    "epochs": self.setup.experiment.train.epochs,
-                    "step": state.step,
-                    "steps": self.steps,
-                    "metrics": point,
-                    "left_s": self._left_s(state, took),
-                },
-            ]
-        )
-        return bool(stops > 0)
-
-    def _left_s(self, state: State, took: float) -> float:
-        """Seconds to the end of the run at the speed since the last point, validation left out."""
-        done = state.step - self.told_step
-        self.told_step = state.step
-        steps_left = self.steps - state.step + (self.setup.experiment.train.epochs - state.epoch - 1) * self.steps
-        return took / max(1, done) * steps_left
-
-    def of_epoch(self, state: State) -> dict[str, float]:
-        """The epoch's loss over all its rows, and speed and waiting since this process began with it."""
-        took = time.perf_counter() - self.began
-        return {
-            "train/loss": state.epoch_loss / max(1.0, state.epoch_rows),
-            "time/train_s": took,
-            "system/epoch_images_per_s": self.rows_seen / max(took, 1e-9),
-            "system/epoch_data_wait_share": self.wait_s / self.setup.ranks / max(took, 1e-9),
-        }
 
 
 def _autocast(setup: Setup) -> Any:

@@ -89,9 +89,18 @@ class Group(WorkerGroup):  # type: ignore[misc]  # ray is untyped here
         return custom_runtime_env  # Ray Train's own variables are for the controller, which runs here
 
 
+class Controller(TrainController):  # type: ignore[misc]  # ray is untyped here
+    """Gives back what lost workers held before it looks for room."""
+
+    def _make_and_handle_scaling_decision_for_non_running_worker_group(self, controller_state: Any) -> Any:
+        if self._worker_group:
+            self._shutdown_worker_group()
+        return super()._make_and_handle_scaling_decision_for_non_running_worker_group(controller_state)
+
+
 def controller(early: EarlyWorkers, **given: Any) -> Any:
     """Ray Train's controller for a run whose first workers are there already."""
-    kind = type("Controller", (TrainController,), {"worker_group_cls": type("Group", (Group,), {"early": early})})
+    kind = type("Controller", (Controller,), {"worker_group_cls": type("Group", (Group,), {"early": early})})
     return kind(**given)
 
 

@@ -1,6 +1,7 @@
 """One run on Ray Train: worker processes, their failures, and what they report."""
 
 import asyncio
+import logging
 import os
 import tempfile
 import threading
@@ -12,12 +13,17 @@ from typing import Any
 import ray
 import ray.train
 from ray.train import UserCallback
+from ray.train.v2._internal.execution.callback import WorkerCallback
+from ray.train.v2._internal.execution.context import get_train_context
 
+from scalecv.artifacts import spool
 from scalecv.artifacts.callback import SpoolCallback
 from scalecv.config import Scale
 from scalecv.errors import ScalecvError
+from scalecv.runtime import SHOWS_WORKERS
 from scalecv.train.job import Job, Place
 from scalecv.train.ray_controller import EarlyWorkers, controller
+from scalecv.train.ray_scaling import Sizes, Watch
 
 LOST = ("gloo", "nccl", "connection closed by peer", "connection reset", "store->get", "broken pipe", "timed out")
 """What a rank says when another one is gone: not its own error."""
@@ -27,40 +33,77 @@ class WorkerBug(ScalecvError):
     """An error of the program in a worker; trying again would show it again."""
 
 
-class _NotAgain(UserCallback):  # type: ignore[misc]  # ray is untyped here
-    """Ends the run at an error of the user or of the program; lost workers are left to Ray's restarts."""
+class _Listener(UserCallback):  # type: ignore[misc]  # ray is untyped here
+    """Ends the run at an error of the user or of the program; lost workers are left to restarts, which it tells."""
+
+    def __init__(self, tell: Callable[[str], None], saved: Callable[[], None]) -> None:
+        self.tell, self.saved = tell, saved
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        if any(event["kind"] == "checkpoint" for event in (metrics[0] or {}).get("events", ())):
+            self.saved()
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         for error in worker_exceptions.values():
             cause = _cause(error)
             if cause is not None:
                 raise cause
+        for rank, error in list(worker_exceptions.items())[:1]:
+            said = str(error).strip().splitlines() or [type(error).__name__]
+            self.tell(f"lost worker {rank} ({said[-1].strip()[:200]}); the workers are started again")
 
 
-def start_workers(scale: Scale, *, use_gpu: bool, code_dirs: tuple[str, ...] = ()) -> EarlyWorkers:
-    """Let the workers start, while the driver does what is left to do before `run`."""
-    return EarlyWorkers(scale.workers, _resources(scale, use_gpu=use_gpu), _environment(code_dirs))
+class _Sigterm(WorkerCallback):  # type: ignore[misc]  # ray is untyped here
+    """Makes a worker that is told to go save first; runs on its main thread, the only one that may listen."""
+
+    def after_init_train_context(self) -> None:
+        from scalecv.train.requests import hear_sigterm
+
+        hear_sigterm()
+
+
+def start_workers(workers: int, scale: Scale, *, use_gpu: bool, code_dirs: tuple[str, ...] = ()) -> EarlyWorkers:
+    """Let so many workers start, while the driver does what is left to do before `run`."""
+    return EarlyWorkers(workers, _resources(scale, use_gpu=use_gpu), _environment(code_dirs))
 
 
 def run(
-    job: Job, scale: Scale, spool: str, early: EarlyWorkers, *, use_gpu: bool, code_dirs: tuple[str, ...] = ()
+    job: Job,
+    sizes: list[int],
+    path: str,
+    early: EarlyWorkers,
+    *,
+    use_gpu: bool,
+    code_dirs: tuple[str, ...] = (),
 ) -> None:
     """Run the workers to the end. What they have to say comes through the spool.
 
     Args:
         job: what every rank is given.
-        scale: how many ranks, and what each takes.
-        spool: local file that the reports of rank 0 are appended to.
+        sizes: how many ranks there may be, most first.
+        path: of the spool, a local file that the reports of rank 0 are appended to.
         early: what `start_workers` gave for the same arguments.
         use_gpu: whether each rank takes a GPU.
         code_dirs: folders whose modules the workers must find.
 
-    Raises: ScalecvError: what a worker raised, or that workers were lost more often than scale.max_failures.
+    Raises: ScalecvError: what a worker raised, that workers were lost more often than scale.max_failures, or that
+        there was no room for them any more.
     """
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    scale = job.experiment.scale
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    if not SHOWS_WORKERS:
+        logging.getLogger("ray.train").setLevel(logging.ERROR)  # what matters of it is told as events
+
+    def tell(message: str) -> None:
+        spool.append(path, {"kind": "progress", "message": message})
+
+    scaling = ray.train.ScalingConfig(
+        num_workers=len(early.actors), use_gpu=use_gpu, resources_per_worker=_resources(scale, use_gpu=use_gpu)
+    )
+    policy = Sizes(scaling, sizes, tell)
     with tempfile.TemporaryDirectory(prefix="scalecv-ray-") as folder:
 
         class Trainer(TorchTrainer):  # type: ignore[misc]  # ray is untyped here
@@ -72,10 +115,11 @@ def run(
 
             def _create_default_callbacks(self) -> list[Any]:
                 unused = ("DatasetsCallback", "PlacementGroupCleanerCallback")
-                return [made for made in super()._create_default_callbacks() if type(made).__name__ not in unused]
+                made = [one for one in super()._create_default_callbacks() if type(one).__name__ not in unused]
+                return [*made, Watch(), _Sigterm()]
 
             def _initialize_and_run_controller(self, **given: Any) -> Any:
-                ours = controller(early, **given)
+                ours = controller(early, **{**given, "scaling_policy": policy})
                 asyncio.run(ours.run())
                 return ours.get_result()
 
@@ -83,15 +127,13 @@ def run(
             _rank,
             train_loop_config={"job": job},
             torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=scale.workers, use_gpu=use_gpu, resources_per_worker=_resources(scale, use_gpu=use_gpu)
-            ),
+            scaling_config=scaling,
             run_config=ray.train.RunConfig(
                 # Resume goes by our manifests alone; Ray's own state of a run is never met again.
                 name=f"{job.experiment.name}-{uuid.uuid4().hex[:8]}",
                 storage_path=folder,
                 failure_config=ray.train.FailureConfig(max_failures=scale.max_failures, controller_failure_limit=3),
-                callbacks=[SpoolCallback(spool), _NotAgain()],
+                callbacks=[SpoolCallback(path), _Listener(tell, policy.saved)],
                 worker_runtime_env=_environment(code_dirs),
             ),
         )
@@ -123,6 +165,7 @@ def _rank(config: dict[str, Any]) -> None:
     """What Ray Train calls in each worker."""
     from ray.train.torch import get_device
 
+    from scalecv.train.requests import Leaves
     from scalecv.train.worker import work
 
     context = ray.train.get_context()
@@ -136,9 +179,13 @@ def _rank(config: dict[str, Any]) -> None:
     def report(events: list[dict[str, Any]]) -> None:
         ray.train.report({"events": events if place.rank == 0 else []})
 
+    def drains() -> bool:
+        """Whether Ray has told this process of a preemption; its public question makes all ranks wait."""
+        return get_train_context().preemption_context.preemption_info is not None
+
     try:
-        work(config["job"], place, report)
-    except ScalecvError:
+        work(config["job"], place, report, drains=drains)
+    except (ScalecvError, Leaves):
         raise
     except Exception as error:
         if any(word in str(error).lower() for word in LOST):
@@ -197,7 +244,7 @@ def _environment(code_dirs: tuple[str, ...]) -> dict[str, Any]:
 QUIET = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # `Watch` does it without a process of its own
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "180",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",

@@ -15,7 +15,7 @@ from scalecv.artifacts import spool, tracking
 from scalecv.config import Experiment, dump, flatten
 from scalecv.errors import ConfigError, Interrupted, ScalecvError
 from scalecv.train import runs
-from scalecv.train.checks import check, check_network
+from scalecv.train.checks import check, check_names, check_network, sizes
 
 Event = dict[str, Any]
 
@@ -99,8 +99,7 @@ def _record_and_run(
     tell: Callable[[Event], None],
     patience_s: float,
 ) -> Result:
-    folder = runs.local_folder(run)
-    path = folder / "spool.jsonl"
+    path = runs.local_folder(run) / "spool.jsonl"
     begin = path.stat().st_size if path.exists() else 0
     _introduce(experiment, run, path)
     senders: list[tracking.Sender] = []
@@ -108,8 +107,7 @@ def _record_and_run(
 
     def start_sending() -> tracking.Sender:
         if not senders:
-            where = (path, folder / "spool.sent.json", uri, experiment.track.experiment, experiment.name)
-            senders.append(tracking.Sender(*where, run.key, _tags(experiment)))
+            senders.append(_sender(experiment, run, uri))
         return senders[0]
 
     def hear(event: Event) -> None:
@@ -119,10 +117,10 @@ def _record_and_run(
             results.append(event)
         tell(event)
 
-    status = "FAILED"
+    status, stop = "FAILED", threading.Event()
     try:
-        with _heard(path, begin, hear), _stop_on_signals(run, tell):
-            _run_workers(experiment, run, str(path), code_dirs)
+        with _heard(path, begin, hear), _stop_on_signals(run, stop, tell):
+            _run_workers(experiment, run, str(path), code_dirs, stop)
         if not results:
             raise ScalecvError(f"the workers ended without a result; what they said is in {path}")
         if results[-1]["status"] == "interrupted":
@@ -155,12 +153,17 @@ def _record_and_run(
 
 def _complete(experiment: Experiment, run: runs.Run, uri: str, patience_s: float) -> Result:
     """The result of a run that has ended; what MLflow missed of it is sent now."""
-    folder = runs.local_folder(run)
-    where = (folder / "spool.jsonl", folder / "spool.sent.json", uri, experiment.track.experiment, experiment.name)
-    sender = tracking.Sender(*where, run.key, _tags(experiment))
+    sender = _sender(experiment, run, uri)
     sender.close(patience_s)
     told = {**(run.result or {}), "is_continued": True, "was_complete": True}
     return Result(**{**told, "run_id": sender.run_id or told["run_id"]})
+
+
+def _sender(experiment: Experiment, run: runs.Run, uri: str) -> tracking.Sender:
+    """Begin to pass on what the run's spool holds."""
+    folder = runs.local_folder(run)
+    where = (folder / "spool.jsonl", folder / "spool.sent.json", uri, experiment.track.experiment, experiment.name)
+    return tracking.Sender(*where, run.key, _tags(experiment))
 
 
 RESULT_KEYS = (
@@ -203,7 +206,9 @@ def _tags(experiment: Experiment) -> dict[str, str]:
     return {"scalecv.task": experiment.task, **question, **tracking.run_facts()}
 
 
-def _run_workers(experiment: Experiment, run: runs.Run, path: str, code_dirs: tuple[str, ...]) -> None:
+def _run_workers(
+    experiment: Experiment, run: runs.Run, path: str, code_dirs: tuple[str, ...], stop: threading.Event
+) -> None:
     from scalecv import runtime
 
     reader = experiment.data.reader
@@ -211,31 +216,39 @@ def _run_workers(experiment: Experiment, run: runs.Run, path: str, code_dirs: tu
         reader = "threads"
     storage.delete([storage.join(run.uri, "STOP")])
     manifest = run.dataset.manifest
+    check_names(experiment)
     if experiment.scale.workers == 0:
         check_network(experiment, manifest)
         if reader == "ray":
             runtime.connect(code_dirs=code_dirs)
-        _run_here(experiment, run, path, reader)
+        _run_here(experiment, run, path, reader, stop)
         return
-    scale = experiment.scale
+    scale, allowed = experiment.scale, sizes(experiment)
     with runtime.fast_imports():
         runtime.connect(code_dirs=code_dirs)
-        use_gpu = scale.gpu == "yes" or (scale.gpu == "auto" and runtime.resources()[1] >= scale.workers)
-        runtime.check_fits(scale.workers, scale.cpus_per_worker, use_gpu)
+        cpus, gpus = runtime.resources()
+        use_gpu = scale.gpu == "yes" or (scale.gpu == "auto" and gpus >= allowed[-1])
+        most = min(cpus // scale.cpus_per_worker, gpus if use_gpu else cpus)
+        workers = next((size for size in allowed if size <= most), allowed[-1])
+        runtime.check_fits(workers, scale.cpus_per_worker, use_gpu)
         from scalecv.train import ray_run
     from scalecv.train.job import Job
 
-    with ray_run.start_workers(scale, use_gpu=use_gpu, code_dirs=code_dirs) as early:
+    if workers < scale.workers:
+        message = f"the cluster has room for {workers} of scale.workers={scale.workers}: begins with these"
+        spool.append(path, {"kind": "progress", "message": message})
+    with ray_run.start_workers(workers, scale, use_gpu=use_gpu, code_dirs=code_dirs) as early:
         with runtime.fast_imports():
             check_network(experiment, manifest)
         job = Job(experiment, run.dataset.version, run.uri, reader)
-        ray_run.run(job, scale, path, early, use_gpu=use_gpu, code_dirs=code_dirs)
+        ray_run.run(job, allowed, path, early, use_gpu=use_gpu, code_dirs=code_dirs)
 
 
-def _run_here(experiment: Experiment, run: runs.Run, path: str, reader: str) -> None:
+def _run_here(experiment: Experiment, run: runs.Run, path: str, reader: str, stop: threading.Event) -> None:
     import torch
 
     from scalecv.train.job import Job, Place
+    from scalecv.train.watchdog import leave
     from scalecv.train.worker import work
 
     wants = experiment.scale.gpu
@@ -245,7 +258,11 @@ def _run_here(experiment: Experiment, run: runs.Run, path: str, reader: str) -> 
         for event in events:
             spool.append(path, event)
 
-    work(Job(experiment, run.dataset.version, run.uri, reader), Place(device=device), report)
+    def end(message: str) -> None:
+        spool.append(path, {"kind": "end", "status": "FAILED"})
+        leave(message)
+
+    work(Job(experiment, run.dataset.version, run.uri, reader), Place(device=device), report, stop=stop, end=end)
 
 
 @contextlib.contextmanager
@@ -270,7 +287,7 @@ def _heard(path: Path, begin: int, hear: Callable[[Event], None]) -> Iterator[No
 
 
 @contextlib.contextmanager
-def _stop_on_signals(run: runs.Run, tell: Callable[[Event], None]) -> Iterator[None]:
+def _stop_on_signals(run: runs.Run, stop: threading.Event, tell: Callable[[Event], None]) -> Iterator[None]:
     """The first Ctrl-C or SIGTERM asks the workers to save and stop; the second leaves at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -281,6 +298,7 @@ def _stop_on_signals(run: runs.Run, tell: Callable[[Event], None]) -> Iterator[N
         asked.append(number)
         if len(asked) > 1:
             raise KeyboardInterrupt
+        stop.set()
         tell({"kind": "progress", "message": "stopping: the state is saved first; once more leaves at once"})
         threading.Thread(target=storage.put, args=(storage.join(run.uri, "STOP"), b"stop"), daemon=True).start()
 

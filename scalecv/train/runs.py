@@ -9,24 +9,26 @@
 
 import contextlib
 import json
+import logging
 import os
 import re
-import socket
-import threading
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scalecv import storage
+from scalecv import redact, storage
 from scalecv.config import Experiment, flatten
 from scalecv.errors import ConfigError, UserError
 from scalecv.shards.store import Dataset, open_dataset
+from scalecv.train.lease import Lease, hold
 
-LEASE_S = 60.0
-RENEW_S = 15.0
+log = logging.getLogger("scalecv.runs")
+
+LOOK_S = 60.0
+RECORDED_ONLY = ("question", "data.get", "track.experiment", "track.uri")
+"""Texts that nothing is computed from: a secret in them is left out; in the others it is refused."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ def open_run(experiment: Experiment, approve: Callable[[Dataset], None], *, new:
 
     Raises: ConfigError: the name is taken by another experiment, or the data changed under it.
     """
+    _check_no_secret(experiment)
     numbers = [int(n) for n in storage.list_names(home(experiment)) if re.fullmatch(r"\d{3}", n)]
     last = max(numbers, default=0)
     if last and not new:
@@ -76,12 +79,24 @@ def open_run(experiment: Experiment, approve: Callable[[Dataset], None], *, new:
     told = {
         "key": key,
         "identity": experiment.identity(),
-        "experiment": experiment.model_dump(mode="json"),
+        "experiment": redact.clean_tree(experiment.model_dump(mode="json")),
         "dataset": {"version": dataset.version, "fingerprint": dataset.manifest.fingerprint},
     }
     if not storage.put_if_absent(storage.join(uri, "run.json"), json.dumps(told, indent=1).encode()):
         raise UserError(f"{uri} was started by another command at the same moment: look at that one, or run again")
     return Run(uri, key, dataset, goes_on=False, result=None)
+
+
+def _check_no_secret(experiment: Experiment) -> None:
+    """Raises: ConfigError: a key that the run depends on holds a secret; it would stand in each bundle and record."""
+    for key, value in flatten(experiment.model_dump(mode="json")).items():
+        if isinstance(value, str) and key not in RECORDED_ONLY and redact.clean(value) != value:
+            variable = redact.variable_in(value)
+            what = f"the value of {variable}" if variable else "a login, a signature or a credential"
+            raise ConfigError(
+                f"{key} holds {what}, and every bundle and record of the run would hold it, too: take it out of the "
+                "experiment and let the code that needs it read the environment"
+            )
 
 
 def _is_same(experiment: Experiment, told: dict[str, Any]) -> bool:
@@ -103,6 +118,7 @@ def _go_on(experiment: Experiment, uri: str, told: dict[str, Any]) -> Run:
             "data.get",
             "data.reader",
             "data.decode_threads",
+            "data.max_bad",
             "train.epochs",
         )
         differs = [k for k in sorted({*was, *now}) if was.get(k) != now.get(k) and not k.startswith(same)]
@@ -139,77 +155,52 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scalecv" / "runs"
 
 
-@contextlib.contextmanager
-def lease(experiment: Experiment) -> Iterator[None]:
-    """Hold a name while training; a second live run of one name is refused.
+def lease(experiment: Experiment, say: Callable[[str], None] = log.warning) -> contextlib.AbstractContextManager[Lease]:
+    """Hold a name while training (see `train.lease`); `say` is told where one has to wait for that.
 
-    The lease is renewed by a thread. One whose process is gone from this machine is taken over at once, one of
-    another machine after LEASE_S without renewal.
-    Raises: UserError: somebody else holds it.
+    Raises: UserError: somebody else holds it. ScalecvError: somebody took it over while this command ran.
     """
-    uri = storage.join(home(experiment), "lease.json")
-    nonce = uuid.uuid4().hex
-    _claim(uri, nonce, experiment.name)
-    ended = threading.Event()
+    return hold(storage.join(home(experiment), "lease.json"), experiment.name, say)
 
-    def renew() -> None:
-        while not ended.wait(RENEW_S):
-            with contextlib.suppress(Exception):
-                entry = storage.head(uri)
-                if entry and json.loads(storage.get(uri))["nonce"] == nonce:
-                    storage.put_if_match(uri, _ticket(nonce), entry.etag)  # never over somebody else's
 
-    thread = threading.Thread(target=renew, name="lease", daemon=True)
-    thread.start()
+def check_shared(uri: str, nodes: Sequence[str]) -> None:
+    """Let every node look for a file that this machine writes, where storage is a path and there are several nodes.
+
+    Args:
+        uri: track.storage or data.uri; a place on object storage is shared by nature, and nothing is done.
+        nodes: Ray's IDs of the nodes that training may use, as `ray.nodes()` gives them; Ray is connected.
+    Raises: ConfigError: a node does not see the file, so that what its workers write would be lost.
+    """
+    if not storage.is_local(uri) or len(nodes) < 2:
+        return
+    probe = storage.join(storage.absolute(uri), f".shared-{uuid.uuid4().hex}")
+    storage.put(probe, b"probe")
     try:
-        yield
+        blind = [node for node, sees in zip(nodes, _seen_from(probe, nodes), strict=True) if not sees]
     finally:
-        ended.set()
-        thread.join()
-        with contextlib.suppress(Exception):
-            if json.loads(storage.get(uri))["nonce"] == nonce:
-                storage.delete([uri])
+        storage.delete([probe])
+    if blind:
+        raise ConfigError(
+            f"{storage.absolute(uri)} is a path of this machine, and {len(blind)} of {len(nodes)} nodes do not see "
+            f"what lies there (such as node {blind[0][:12]}): set it to s3://BUCKET/PATH (gs://, az://), or to a "
+            "folder that all nodes share"
+        )
 
 
-def _claim(uri: str, nonce: str, name: str) -> None:
-    if storage.put_if_absent(uri, _ticket(nonce)):
-        return
-    entry = storage.head(uri)
-    try:
-        held = json.loads(storage.get(uri))
-    except (FileNotFoundError, ValueError):
-        held = {}
-    if entry and _is_stale(held) and storage.put_if_match(uri, _ticket(nonce), entry.etag):
-        return
-    if entry is None and storage.put_if_absent(uri, _ticket(nonce)):
-        return
-    who = f"process {held.get('pid')} on {held.get('host')}" if held else "another process"
-    raise UserError(
-        f"name={name} is being trained by {who} ({storage.without_secrets(uri)}): wait for it, or use another name"
-    )
+def _seen_from(path: str, nodes: Sequence[str]) -> list[bool]:
+    """Whether a file is there, as each node sees it; a node that does not answer does not see it."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-
-def _ticket(nonce: str) -> bytes:
-    pid = os.getpid()
-    told = {"nonce": nonce, "host": _host(), "pid": pid, "started": _started(pid), "renewed": time.time()}
-    return json.dumps(told).encode()
-
-
-def _is_stale(held: dict[str, Any]) -> bool:
-    if held.get("host") == _host():
-        return _started(int(held.get("pid", 0))) != held.get("started")
-    return time.time() - float(held.get("renewed", 0)) > LEASE_S
-
-
-def _host() -> str:
-    """This boot of this machine."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return f"{socket.gethostname()}/{boot.read_text().strip()[:8] if boot.exists() else ''}"
-
-
-def _started(pid: int) -> str:
-    """When a process started, in ticks since boot; empty if it is gone or that cannot be known."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
+    look = ray.remote(num_cpus=0, max_retries=1)(os.path.exists)
+    asked = [
+        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n, soft=False)).remote(path) for n in nodes
+    ]
+    answered, _ = ray.wait(asked, num_returns=len(asked), timeout=LOOK_S)
+    seen = []
+    for ref in asked:
+        try:
+            seen.append(ref in answered and bool(ray.get(ref)))
+        except ray.exceptions.RayError:
+            seen.append(False)
+    return seen

@@ -1,0 +1,125 @@
+"""Verbs on recorded runs: reproduce, compare."""
+
+import os
+import sys
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from scalecv.cli.output import Json, Quiet, print_json
+
+RunName = Annotated[str, typer.Argument(help="runs:/ID, or the name of a run.")]
+Places = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Where it runs, as data.uri=s3://bucket/copy or scale.gpu=no."),
+]
+InExperiment = Annotated[str, typer.Option("--experiment", help="MLflow experiment in which names are looked up.")]
+
+
+def reproduce(
+    run: RunName,
+    overrides: Places = None,
+    to: Annotated[str | None, typer.Option(help="Name of the new run; NAME-reproduced by default.")] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="Training processes; as recorded by default.")] = None,
+    new: Annotated[bool, typer.Option("--new", help="Start over under the new name.")] = False,
+    allow_import: Annotated[
+        bool, typer.Option("--allow-import", help="Let the record import the network's own module.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run a recorded run again from what it logged: identical, within noise, or what differs and why."""
+    from scalecv.config import parse_overrides
+    from scalecv.display import Display
+    from scalecv.train.reproduce import reproduce as run_again
+
+    given = parse_overrides(overrides or [])
+    if workers is not None:
+        given["scale.workers"] = workers
+    if allow_import:
+        sys.path.append(os.getcwd())
+    result = run_again(
+        run,
+        to=to,
+        overrides=given,
+        new=new,
+        allow_import=allow_import,
+        code_dirs=(os.getcwd(),) if allow_import else (),
+        tell=Display(quiet=quiet),
+    )
+    if as_json:
+        print_json({**asdict(result), "metrics": _beside(result.metrics, "recorded", "reproduced")})
+    else:
+        sys.stdout.write(f"{result.reason}\n")
+        sys.stdout.write(f"recorded   runs:/{result.reproduced_run_id}\nreproduced runs:/{result.run_id}\n")
+    if result.verdict == "differs":
+        raise typer.Exit(1)
+
+
+def compare(
+    a: RunName,
+    b: RunName,
+    experiment: InExperiment = "scalecv",
+    as_json: Json = False,
+) -> None:
+    """Name the first difference between two runs' inputs, then all of them, and their metrics side by side."""
+    from scalecv.artifacts.compare import compare as beside
+
+    found = beside(a, b, experiment)
+    if as_json:
+        print_json(
+            {
+                "a": {"run_id": found.a.run_id, "name": found.a.name},
+                "b": {"run_id": found.b.run_id, "name": found.b.name},
+                "first_difference": asdict(found.first) if found.first else None,
+                "differences": [asdict(one) for one in found.differences],
+                "metrics": _beside(found.metrics, "a", "b"),
+                "order_hash_equal": found.order_equal,
+                "weights_hash_equal": found.weights_equal,
+                "first_step": found.parting.step if found.parting else None,
+                "parting": asdict(found.parting) if found.parting else None,
+            }
+        )
+        return
+    for line in _lines(found):
+        sys.stdout.write(line + "\n")
+
+
+def _lines(found: Any) -> list[str]:
+    """A comparison as text."""
+    first = f"{found.first.kind}: {found.first}" if found.first else "none that both runs recorded"
+    words = {True: "equal", False: "different", None: "not recorded by both"}
+    parting = "equal at every common point"
+    if found.parting:
+        one = found.parting
+        parting = f"part at step {one.step} ({one.curve} {one.a:.9g} and {one.b:.9g})"
+    rows = [(d.kind, d.key, d.a or "(not recorded)", d.b or "(not recorded)") for d in found.differences]
+    scores = [
+        (name, _number(x), _number(y), "" if x is None or y is None else f"{y - x:+.6g}")
+        for name, (x, y) in found.metrics.items()
+    ]
+    return [
+        f"a  runs:/{found.a.run_id}  {found.a.name}  {found.a.status}",
+        f"b  runs:/{found.b.run_id}  {found.b.name}  {found.b.status}",
+        f"first difference of the inputs: {first}",
+        f"order of rows  {words[found.order_equal]}",
+        f"weights        {words[found.weights_equal]}",
+        f"curves         {parting}",
+        *(["", *_table([("kind", "input", "a", "b"), *rows])] if rows else []),
+        *(["", *_table([("metric", "a", "b", "b - a"), *scores])] if scores else []),
+    ]
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    """Columns that line up; the last one is as wide as it is."""
+    widths = [min(60, max(len(row[at]) for row in rows)) for at in range(len(rows[0]))]
+    return ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.6g}"
+
+
+def _beside(metrics: dict[str, tuple[float | None, float | None]], a: str, b: str) -> dict[str, dict[str, Any]]:
+    return {name: {a: x, b: y, "delta": None if x is None or y is None else y - x} for name, (x, y) in metrics.items()}

@@ -1,0 +1,74 @@
+"""What a URI names, and what a store says of one object."""
+
+import os
+from dataclasses import dataclass
+from urllib.parse import unquote, urlsplit
+
+from scalecv.errors import UserError
+
+SCHEMES = ("s3", "gs", "az", "file")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One object: its path below what was listed, and what the store says of it."""
+
+    path: str
+    size_bytes: int
+    etag: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """A URI, taken apart; the bucket of a local path is empty."""
+
+    scheme: str
+    bucket: str
+    path: str
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a path of this machine."""
+        return self.scheme == "file"
+
+    @property
+    def uri(self) -> str:
+        """The place as a URI, or as an absolute path where it is local."""
+        return self.path if self.is_local else f"{self.scheme}://{self.bucket}/{self.path}".rstrip("/")
+
+
+def place_of(uri: str) -> Place:
+    """The parts of a URI.
+
+    Raises: UserError: a scheme other than s3, gs, az and file, or a URI without a bucket.
+    """
+    if any(ord(character) < 32 for character in uri):
+        raise UserError(f"{without_secrets(uri)!r} holds control characters: expected a path, or s3:// gs:// az://")
+    scheme, sep, rest = uri.partition("://")
+    if not sep and (uri.startswith("/vsi") or uri.partition(":")[0] in SCHEMES):
+        raise UserError(f"'{uri}' is neither a path nor a URI: write s3://BUCKET/PATH (gs://, az://), or file:///PATH")
+    if not sep:
+        return Place("file", "", os.path.abspath(os.path.expanduser(uri)))
+    if scheme not in SCHEMES:
+        raise UserError(
+            f"{without_secrets(uri)}: scheme '{scheme}' is not supported; use a path or one of s3:// gs:// az://"
+        )
+    if scheme == "file" and not rest.removeprefix("localhost").startswith("/"):
+        raise UserError(f"{uri} names another machine: a file of this one is file:///PATH, or the path alone")
+    if scheme == "file":
+        rest = rest.removeprefix("localhost")
+        return Place("file", "", os.path.abspath(unquote(rest)))
+    bucket, _, path = rest.partition("/")
+    if not bucket or "@" in bucket or "?" in rest or "#" in bucket:
+        raise UserError(
+            f"{without_secrets(uri)}: expected {scheme}://BUCKET/PATH, credentials come from the environment"
+        )
+    return Place(scheme, bucket, path.strip("/"))
+
+
+def without_secrets(uri: str) -> str:
+    """The URI without user, password, query and fragment, fit for logs."""
+    parts = urlsplit(uri)
+    if not parts.scheme or not parts.netloc:
+        return uri
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()

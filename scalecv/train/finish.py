@@ -1,0 +1,94 @@
+"""The end of a run: the best weights, scored on val and test, and what stays of them."""
+
+import json
+from typing import Any
+
+from scalecv import storage
+from scalecv.artifacts import bundle
+from scalecv.artifacts import report as reports
+from scalecv.batches.pixels import Pixels
+from scalecv.errors import IntegrityError
+from scalecv.models.facts import model_facts
+from scalecv.shards.store import Dataset
+from scalecv.tasks import pictures
+from scalecv.tasks.evaluate import gather
+from scalecv.train import checkpoint, loop
+from scalecv.train.job import Job
+from scalecv.train.loop import Event, Setup, State
+from scalecv.train.saving import facts_of, from_rank_0, now_ms
+
+
+def finish(setup: Setup, state: State, job: Job, dataset: Dataset, pixels: Pixels) -> dict[str, Any]:
+    """Load the best weights, score val and test with them, and leave bundle, tables and pictures."""
+    last_hash = bundle.weights_hash(state.model.state_dict())
+    top, _, skipped = from_rank_0(lambda: _best(job.run, larger=setup.larger_is_better))
+    best_epoch = state.epoch
+    if top:
+        facts = bundle.read_facts(top.uri)
+        state.model.load_state_dict(bundle.read_weights(top.uri, facts))
+        best_epoch = facts.epoch
+    metrics: dict[str, float] = {}
+    events: list[Event] = [{"kind": "progress", "message": f"passed over {reason}"} for reason in skipped]
+    for split in ("val", "test"):
+        if split in setup.feeds:
+            checked = gather(
+                loop.validate(
+                    setup,
+                    state.model,
+                    split,
+                    each=lambda: loop.obey(setup),
+                    pictures=setup.experiment.track.pictures,
+                ),
+                setup.experiment.track.pictures,
+            )
+            metrics |= loop.summary(setup, checked, split)
+            metrics[f"{split}/rows"] = float(checked.rows)
+            if setup.rank == 0:
+                events += reports.draw(setup.task, checked, pixels.classes, job.run, split, state.updates)
+    metrics |= {name: value for name, value in state.history[-1].items() if name.startswith("train/")}
+    size = pixels.size_px
+    shape = (pixels.channels, size or dataset.manifest.sizes_px[1], size or dataset.manifest.sizes_px[0])
+    told = facts_of(job, dataset, pixels, state) | {"metrics": metrics, "epoch": best_epoch}
+    parts = bundle.parts(state.model.state_dict(), **told)
+    uri = storage.join(job.run, "bundles", f"{state.updates:08d}-{json.loads(parts[bundle.FACTS])['weights_hash'][:8]}")
+    if setup.rank == 0:
+        storage.put(storage.join(uri, bundle.WEIGHTS), parts[bundle.WEIGHTS])
+        storage.put(storage.join(uri, bundle.FACTS), parts[bundle.FACTS])
+        curves = storage.join(job.run, "pictures", "curves.png")
+        storage.put(curves, pictures.curves_png(state.history))
+        events.append({"kind": "artifact", "uri": curves, "folder": "pictures"})
+        events.append({"kind": "model", "uri": uri, "name": "model"})
+        final = {
+            f"best/{k}" if k.startswith("val/") else k: v for k, v in metrics.items() if k.startswith(("val/", "test/"))
+        }
+        events.append({"kind": "metrics", "step": state.updates, "time_ms": now_ms(), "metrics": final})
+        try:
+            events.append(
+                {"kind": "params", "params": {f"model.{k}": v for k, v in model_facts(state.model, shape).items()}}
+            )
+        except Exception as error:  # a network of the user's may refuse to be counted; the run does not fail for it
+            events.append({"kind": "progress", "message": f"parameters and FLOPs were not counted: {error}"})
+    setup.report(events)
+    waits = [h["system/epoch_data_wait_share"] for h in state.history]
+    speeds = [h["system/epoch_images_per_s"] for h in state.history]
+    return {
+        "metrics": metrics,
+        "weights_hash": last_hash,
+        "bundle": uri,
+        "images_per_s": sorted(speeds)[len(speeds) // 2],
+        "data_wait_share": sorted(waits)[len(waits) // 2],
+        "best_epoch": best_epoch,
+    }
+
+
+def _best(run: str, *, larger: bool) -> tuple[Any, None, list[str]]:
+    """The best checkpoint whose parts are as they were written, and what was passed over and why."""
+    found, skipped = checkpoint.complete(run)
+    while top := checkpoint.best(found, larger_is_better=larger):
+        try:
+            checkpoint.read(top)
+            return top, None, skipped
+        except IntegrityError as error:
+            skipped.append(str(error))
+            found = [one for one in found if one.uri != top.uri]
+    return None, None, skipped
