@@ -90,6 +90,13 @@ def resources() -> tuple[float, float]:
     return found.get("CPU", 0.0), found.get("GPU", 0.0)
 
 
+def nodes() -> list[str]:
+    """IDs of the nodes of the cluster that this process has joined."""
+    import ray
+
+    return [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+
+
 def check_fits(workers: int, cpus_per_worker: float, gpu: bool) -> None:
     """See that all workers can run at once, for Ray would wait for ever.
 

@@ -1,15 +1,10 @@
 """Real servers for tests: an MLflow server on SQLite and a Ray head with a token, each ended by its pid."""
 
 import atexit
-import contextlib
 import os
 import shutil
-import signal
-import socket
 import subprocess
-import sys
 import tempfile
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,36 +14,13 @@ from pathlib import Path
 
 import pytest
 
-BIN = Path(sys.executable).parent
+from scalecv.testing.servers import BIN, MlflowServer, end, free_ports, wait_for
+
+__all__ = ["BIN", "end", "wait_for"]
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-def wait_for(what, timeout_s: float, process: subprocess.Popen | None = None, log: Path | None = None) -> None:
-    ends = time.monotonic() + timeout_s
-    while time.monotonic() < ends:
-        if process is not None and process.poll() is not None:
-            break
-        with contextlib.suppress(OSError):
-            if what():
-                return
-        time.sleep(0.1)
-    raise RuntimeError(f"not ready: {log.read_text()[-2000:] if log else what}")
-
-
-def end(process: subprocess.Popen) -> None:
-    """End a process that leads a group of its own: first it alone, then what is left of the group."""
-    if process.poll() is None:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(8)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait(10)
+    return free_ports(1)[0]
 
 
 @lru_cache(maxsize=1)
@@ -69,47 +41,13 @@ def empty_store(file: Path) -> str:
     return f"sqlite:///{file}"
 
 
-@dataclass
-class MlflowServer:
-    folder: Path
-    port: int
-    process: subprocess.Popen | None = None
-
-    @property
-    def uri(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def start(self) -> None:
-        env = {
-            **os.environ,
-            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-            "MLFLOW_DISABLE_TELEMETRY": "true",
-            "MLFLOW_TRACKING_URI": "",
-        }
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/server.db"]
-        command += ["--artifacts-destination", str(self.folder / "artifacts")]
-        log = self.folder / "mlflow.log"
-        self.process = subprocess.Popen(
-            command, stdout=log.open("ab"), stderr=subprocess.STDOUT, env=env, start_new_session=True
-        )
-        ready = lambda: urllib.request.urlopen(f"{self.uri}/health", timeout=2).status == 200  # noqa: E731
-        wait_for(ready, 180, self.process, log)
-
-    def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(10)
-        self.process = None
-
-
 @pytest.fixture(scope="module")
 def mlflow_server(tmp_path_factory) -> Iterator[MlflowServer]:
-    server = MlflowServer(tmp_path_factory.mktemp("mlflow"), free_port())
+    server = MlflowServer(tmp_path_factory.mktemp("mlflow"))
     empty_store(server.folder / "server.db")
     server.start()
     yield server
-    if server.process is not None:
-        end(server.process)
+    end(server.process)
 
 
 @dataclass

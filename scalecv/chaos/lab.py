@@ -11,6 +11,8 @@ from scalecv.config import Experiment
 from scalecv.errors import ScalecvError
 from scalecv.testing.train_process import TrainProcess, updates_of
 
+Step = tuple[int, int]
+"""Number of updates, and when the step was done, ms."""
 STARTS = 3
 """How often the same command is given before a run counts as lost."""
 
@@ -55,7 +57,7 @@ class Lab:
         quiet = {"RAY_ADDRESS": "", "MLFLOW_TRACKING_URI": ""}
         return TrainProcess(arguments, {**quiet, **(environment or {})}, folder, where)
 
-    def finish(self, process: TrainProcess, before: Iterable[int] = (), began: float | None = None) -> Run:
+    def finish(self, process: TrainProcess, before: Iterable[Step] = (), began: float | None = None) -> Run:
         """Let a run end, with the same command again where it has to be; what it came to.
 
         Args:
@@ -77,7 +79,7 @@ class Lab:
             process.said(),
             str(result.get("weights_hash", "")),
             str(result.get("order_hash", "")),
-            tuple(done),
+            tuple(step for step, _ in dict.fromkeys(done)),
             time.monotonic() - began,
         )
 
@@ -98,9 +100,9 @@ class Lab:
         return f"MLflow lacks {lost} points of {self.steps} and has {double} twice" if lost or double else ""
 
 
-def steps_of(process: TrainProcess) -> list[int]:
-    """The steps that a start of a run has done so far."""
-    return [updates for event in process.events if (updates := updates_of(event))]
+def steps_of(process: TrainProcess) -> list[Step]:
+    """The steps that a start of a run has told so far; one told again after a restart has its first time."""
+    return [(updates, event["time_ms"]) for event in process.events if (updates := updates_of(event))]
 
 
 def newest_checkpoint(run: str) -> int:

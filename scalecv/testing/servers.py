@@ -36,18 +36,21 @@ def free_ports(count: int) -> list[int]:
     return found
 
 
-def wait_for(ready: Callable[[], bool], timeout_s: float, process: subprocess.Popen[bytes], log: Path) -> None:
+def wait_for(
+    ready: Callable[[], bool], timeout_s: float, process: subprocess.Popen[bytes] | None = None, log: Path | None = None
+) -> None:
     """Wait until a server answers.
 
     Raises: RuntimeError: it ended, or did not answer in time; with the end of its log.
     """
     ends = time.monotonic() + timeout_s
-    while time.monotonic() < ends and process.poll() is None:
+    while time.monotonic() < ends and (process is None or process.poll() is None):
         with contextlib.suppress(OSError):
             if ready():
                 return
         time.sleep(0.1)
-    raise RuntimeError(f"a server did not start, the end of {log}: {log.read_text(errors='replace')[-2000:]}")
+    told = f", the end of {log}: {log.read_text(errors='replace')[-2000:]}" if log else ""
+    raise RuntimeError(f"not ready within {timeout_s:.0f} s{told}")
 
 
 def end(process: subprocess.Popen[bytes] | None, *, at_once: bool = False) -> None:

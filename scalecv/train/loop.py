@@ -77,6 +77,8 @@ class State:
     epoch_rows: float = 0.0
     progress: Progress = field(default_factory=Progress)
     history: list[dict[str, float]] = field(default_factory=list)
+    recent: list[Event] = field(default_factory=list)
+    """Points told since the checkpoint before the last: what a driver heard that then died may not be recorded."""
 
     def to_json(self) -> dict[str, Any]:
         """All but the tensors."""
@@ -89,6 +91,7 @@ class State:
             "epoch_rows": self.epoch_rows,
             "progress": asdict(self.progress),
             "history": self.history,
+            "recent": self.recent,
             "scaler": self.scaler.state_dict(),
         }
 
@@ -247,8 +250,9 @@ def _close_epoch(setup: Setup, state: State, told: dict[str, float]) -> None:
     state.epoch, state.step = state.epoch + 1, 0
     state.epoch_loss, state.epoch_rows = 0.0, 0.0
     state.history.append({"epoch": float(state.epoch), **scores})
+    point = {"kind": "metrics", "step": state.updates, "time_ms": int(time.time() * 1000), "metrics": scores}
+    state.recent.append(point)
     _save(setup, state, value)
-    now = int(time.time() * 1000)
     took = scores["time/train_s"] + scores["time/validation_s"]
     line = {
         "kind": "progress",
@@ -258,7 +262,6 @@ def _close_epoch(setup: Setup, state: State, told: dict[str, float]) -> None:
         "is_epoch_end": True,
         "left_s": took * (train.epochs - state.epoch),
     }
-    point = {"kind": "metrics", "step": state.updates, "time_ms": now, "metrics": scores}
     setup.report([point, line, *setup.saver.written()])
 
 

@@ -82,6 +82,7 @@ class Meter:
                 "left_s": self._left_s(state, took),
             },
         ]
+        state.recent.append(events[0])
         events += [{"kind": "progress", "message": said} for said in dict.fromkeys(self.damage)]
         self.damage = []
         self.setup.report([*events, *self.setup.saver.written()])

@@ -1,11 +1,10 @@
-"""Ray Train's controller, run in the driver, with workers that start before the driver has imported torch.
+"""Ray Train's controller, run in the driver, with workers that have started before it (see `ray_workers`).
 
 Ray Train would start one process after the other, each with imports of its own: its controller, a helper for the
 placement group, then the workers. Here the workers start first and the rest is done in the driver meanwhile. A restart
 of workers goes the usual way.
 """
 
-from types import TracebackType
 from typing import Any
 
 import ray
@@ -14,34 +13,8 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.worker_group import Worker, WorkerGroup
 from ray.train.v2._internal.execution.worker_group.placement_group_handle import DefaultPlacementGroupHandle
-from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
-from ray.train.v2._internal.util import bundle_to_remote_args
-from ray.util.placement_group import placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from scalecv.runtime import fast_imports
-
-
-class EarlyWorkers:
-    """The workers of a run's first attempt, importing what they need; on leaving, those not taken are ended."""
-
-    def __init__(self, workers: int, resources: dict[str, float], runtime_env: dict[str, Any]) -> None:
-        self.group = placement_group([resources] * workers)
-        made = ray.remote(runtime_env=runtime_env, **bundle_to_remote_args(resources))(RayTrainWorker)
-        self.actors = [
-            made.options(scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, bundle)).remote()
-            for bundle in range(workers)
-        ]
-        for actor in self.actors:
-            actor.execute.remote(_import)
-        self.is_taken = False
-
-    def __enter__(self) -> "EarlyWorkers":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if not self.is_taken:
-            remove_placement_group(self.group)
+from scalecv.train.ray_workers import EarlyWorkers
 
 
 class Group(WorkerGroup):  # type: ignore[misc]  # ray is untyped here
@@ -102,11 +75,3 @@ def controller(early: EarlyWorkers, **given: Any) -> Any:
     """Ray Train's controller for a run whose first workers are there already."""
     kind = type("Controller", (Controller,), {"worker_group_cls": type("Group", (Group,), {"early": early})})
     return kind(**given)
-
-
-def _import() -> None:
-    """What a worker imports anyway, sooner."""
-    with fast_imports():
-        import ray.train.torch  # noqa: F401
-
-        import scalecv.train.worker  # noqa: F401

@@ -16,14 +16,16 @@ from ray.train import UserCallback
 from ray.train.v2._internal.execution.callback import WorkerCallback
 from ray.train.v2._internal.execution.context import get_train_context
 
+from scalecv import redact
 from scalecv.artifacts import spool
 from scalecv.artifacts.callback import SpoolCallback
 from scalecv.config import Scale
 from scalecv.errors import ScalecvError
 from scalecv.runtime import SHOWS_WORKERS
 from scalecv.train.job import Job, Place
-from scalecv.train.ray_controller import EarlyWorkers, controller
+from scalecv.train.ray_controller import controller
 from scalecv.train.ray_scaling import Sizes, Watch
+from scalecv.train.ray_workers import EarlyWorkers, environment, resources
 
 LOST = ("gloo", "nccl", "connection closed by peer", "connection reset", "store->get", "broken pipe", "timed out")
 """What a rank says when another one is gone: not its own error."""
@@ -62,11 +64,6 @@ class _Sigterm(WorkerCallback):  # type: ignore[misc]  # ray is untyped here
         hear_sigterm()
 
 
-def start_workers(workers: int, scale: Scale, *, use_gpu: bool, code_dirs: tuple[str, ...] = ()) -> EarlyWorkers:
-    """Let so many workers start, while the driver does what is left to do before `run`."""
-    return EarlyWorkers(workers, _resources(scale, use_gpu=use_gpu), _environment(code_dirs))
-
-
 def run(
     job: Job,
     sizes: list[int],
@@ -82,7 +79,7 @@ def run(
         job: what every rank is given.
         sizes: how many ranks there may be, most first.
         path: of the spool, a local file that the reports of rank 0 are appended to.
-        early: what `start_workers` gave for the same arguments.
+        early: what `ray_workers.start_workers` gave for the same arguments.
         use_gpu: whether each rank takes a GPU.
         code_dirs: folders whose modules the workers must find.
 
@@ -94,14 +91,12 @@ def run(
     scale = job.experiment.scale
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    if not SHOWS_WORKERS:
-        logging.getLogger("ray.train").setLevel(logging.ERROR)  # what matters of it is told as events
 
     def tell(message: str) -> None:
         spool.append(path, {"kind": "progress", "message": message})
 
     scaling = ray.train.ScalingConfig(
-        num_workers=len(early.actors), use_gpu=use_gpu, resources_per_worker=_resources(scale, use_gpu=use_gpu)
+        num_workers=len(early.actors), use_gpu=use_gpu, resources_per_worker=resources(scale, use_gpu=use_gpu)
     )
     policy = Sizes(scaling, sizes, tell)
     with tempfile.TemporaryDirectory(prefix="scalecv-ray-") as folder:
@@ -120,6 +115,8 @@ def run(
 
             def _initialize_and_run_controller(self, **given: Any) -> Any:
                 ours = controller(early, **{**given, "scaling_policy": policy})
+                if not SHOWS_WORKERS:
+                    logging.getLogger("ray.train").setLevel(logging.ERROR)  # what matters of it is told as events
                 asyncio.run(ours.run())
                 return ours.get_result()
 
@@ -134,7 +131,7 @@ def run(
                 storage_path=folder,
                 failure_config=ray.train.FailureConfig(max_failures=scale.max_failures, controller_failure_limit=3),
                 callbacks=[SpoolCallback(path), _Listener(tell, policy.saved)],
-                worker_runtime_env=_environment(code_dirs),
+                worker_runtime_env=environment(code_dirs),
             ),
         )
         try:
@@ -190,7 +187,8 @@ def _rank(config: dict[str, Any]) -> None:
     except Exception as error:
         if any(word in str(error).lower() for word in LOST):
             raise  # another rank is gone; Ray starts all of them again
-        raise WorkerBug(f"rank {place.rank}: {type(error).__name__}: {error}\n{traceback.format_exc()}") from None
+        said = f"rank {place.rank}: {type(error).__name__}: {error}\n{traceback.format_exc()}"
+        raise WorkerBug(redact.clean(said)) from None
 
 
 def _cause(error: BaseException) -> ScalecvError | None:
@@ -221,24 +219,6 @@ def _explained(error: BaseException, scale: Scale) -> ScalecvError:
         f"workers were lost more than scale.max_failures={scale.max_failures} times; the last time: "
         f"{lines[-1][:400] if lines else type(error).__name__}. The same command goes on from the last checkpoint"
     )
-
-
-def _resources(scale: Scale, *, use_gpu: bool) -> dict[str, float]:
-    return {"CPU": scale.cpus_per_worker, **({"GPU": 1.0} if use_gpu else {})}
-
-
-def _environment(code_dirs: tuple[str, ...]) -> dict[str, Any]:
-    """The runtime environment of the workers; empty where they need none, since one costs a start of its own.
-
-    No secrets: those come from each node's environment.
-    """
-    variables = {}
-    own = [folder for folder in code_dirs if any(name.endswith(".py") for name in os.listdir(folder))]
-    if own:
-        variables["PYTHONPATH"] = os.pathsep.join([*own, *filter(None, [os.environ.get("PYTHONPATH")])])
-    if os.environ.get("RAY_ADDRESS"):
-        variables |= {name: os.environ[name] for name in ("AWS_ENDPOINT_URL", "AWS_REGION") if name in os.environ}
-    return {"env_vars": variables} if variables else {}
 
 
 QUIET = {

@@ -14,6 +14,9 @@ from ray._private.state import available_resources_per_node, state
 from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallback
 from ray.train.v2._internal.execution.preemption import PreemptionWatcher
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy, NoopDecision, ResizeDecision
+from ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client import (
+    TrainAutoscalingCoordinatorClient,
+)
 
 from scalecv.errors import ScalecvError
 
@@ -37,13 +40,20 @@ class Sizes(FixedScalingPolicy):  # type: ignore[misc]  # ray is untyped here
         self.waits_since: float | None = None
         self.looked_at = 0.0
         self.was_saved = False
+        self.has_asked = False
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Ask for nothing yet: the placement group does, and the actor to ask would be a process at every start."""
+        self._requester_id = f"train-{train_run_context.run_id}"
+        self._coordinator_client = TrainAutoscalingCoordinatorClient(self._requester_id)
 
     def make_decision_for_non_running_worker_group(self) -> Any:
         """The first size, or what fits now; none while there is hope for more."""
-        self._maybe_send_resource_request()
         if self.first is not None:
             first, self.first = self.first, None
             return self._resize(first)
+        self._maybe_send_resource_request()
+        self.has_asked = True
         now = time.monotonic()
         if self.waits_since is None:
             self.waits_since = now
@@ -64,7 +74,6 @@ class Sizes(FixedScalingPolicy):  # type: ignore[misc]  # ray is untyped here
 
     def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
         """A larger size if there is room for it and a checkpoint was just written."""
-        self._maybe_send_resource_request()
         self.waits_since = None
         has, now = worker_group_state.num_workers, time.monotonic()
         if not self.was_saved or has >= self.sizes[0] or now - self.looked_at < LOOK_S:
@@ -79,6 +88,10 @@ class Sizes(FixedScalingPolicy):  # type: ignore[misc]  # ray is untyped here
     def saved(self) -> None:
         """A checkpoint was written: a good moment to begin again with more workers."""
         self.was_saved = True
+
+    def _cancel_resource_request(self) -> None:
+        if self.has_asked:
+            super()._cancel_resource_request()
 
     def _resources(self) -> dict[str, float]:
         return dict(self.scaling_config._resources_per_worker_not_none)

@@ -231,15 +231,18 @@ def _run_workers(
         most = min(cpus // scale.cpus_per_worker, gpus if use_gpu else cpus)
         workers = next((size for size in allowed if size <= most), allowed[-1])
         runtime.check_fits(workers, scale.cpus_per_worker, use_gpu)
-        from scalecv.train import ray_run
+        from scalecv.train import ray_workers
     from scalecv.train.job import Job
 
     if workers < scale.workers:
         message = f"the cluster has room for {workers} of scale.workers={scale.workers}: begins with these"
         spool.append(path, {"kind": "progress", "message": message})
-    with ray_run.start_workers(workers, scale, use_gpu=use_gpu, code_dirs=code_dirs) as early:
+    with ray_workers.start_workers(workers, scale, use_gpu=use_gpu, code_dirs=code_dirs) as early:
         with runtime.fast_imports():
+            from scalecv.train import ray_run
+
             check_network(experiment, manifest)
+        runs.check_shared(run.uri, runtime.nodes())
         job = Job(experiment, run.dataset.version, run.uri, reader)
         ray_run.run(job, allowed, path, early, use_gpu=use_gpu, code_dirs=code_dirs)
 

@@ -55,6 +55,8 @@ class Saver:
         self.run, self.keep, self.rank, self.about, self.larger = run, keep, rank, about, larger
         self.requests, self.moved = requests, moved
         self.writer, self.news = Writer(), list[Event]()
+        self.last = 0
+        """Updates at the last checkpoint."""
 
     def save(self, state: "State", value: float | None) -> None:
         """Copy the state, with the metric that decides, and begin to write it; called on all ranks."""
@@ -63,6 +65,8 @@ class Saver:
         self.requests.saved()
         if self.rank == 0:
             self.writer.start(self._copied(state, value))
+        state.recent = [point for point in state.recent if point["step"] > self.last]
+        self.last = state.updates
         stalled = {"system/checkpoint_stall_s": time.perf_counter() - began}
         self.news.append({"kind": "metrics", "step": state.updates, "time_ms": now_ms(), "metrics": stalled})
 
@@ -117,7 +121,7 @@ def restore(state: "State", parts: dict[str, bytes], rank: int) -> None:
     state.epoch_loss, state.epoch_rows = told["epoch_loss"], told["epoch_rows"]
     state.order_total = int(told["order_total"], 16) if rank == 0 else 0
     state.progress = Progress(**told["progress"])
-    state.history = told["history"]
+    state.history, state.recent = told["history"], told["recent"]
     if told["scaler"]:
         state.scaler.load_state_dict(told["scaler"])
 

@@ -80,7 +80,7 @@ def _work(
     state, notes = _start(setup, job, place, pixels)
     facts = worker_facts(place.ranks, place.device, state.updates)
     said: list[Event] = [{"kind": "progress", "message": note} for note in notes]
-    report([_processes(), {"kind": "tags", "tags": facts}, *said])
+    report([_processes(), {"kind": "tags", "tags": facts}, *said, *state.recent])  # known points are not sent twice
     status = loop.fit(setup, state)
     result = {"status": status, "epochs": state.epoch, "order_hash": order_hash(state.order_total)}
     if status != "interrupted":

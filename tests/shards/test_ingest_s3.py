@@ -11,7 +11,7 @@ from scalecv.errors import DataError, StorageDenied
 from scalecv.shards import store
 from scalecv.shards.ingest import IngestOptions, Progress, ingest
 from scalecv.shards.store import open_dataset
-from tests.conftest import S3
+from scalecv.testing.servers import S3Server
 from tests.shards.images import write
 from tests.shards.test_ingest import TRACK, run
 
@@ -25,7 +25,7 @@ def upload(folder: Path, uri: str) -> str:
     return uri
 
 
-def test_a_bucket_and_a_folder_give_the_same_dataset(s3: S3, ray_local: None, shared_data, tmp_path):
+def test_a_bucket_and_a_folder_give_the_same_dataset(s3: S3Server, ray_local: None, shared_data, tmp_path):
     bucket = s3.bucket()
     source = upload(shared_data("gtsrb"), f"{bucket}/raw/gtsrb")
     options = {"layout": "imagefolder", "group": TRACK, "shard_mb": 1}
@@ -53,7 +53,7 @@ def test_a_bucket_and_a_folder_give_the_same_dataset(s3: S3, ray_local: None, sh
     assert [p.split(" ")[0] for p in store.verify(open_dataset(dataset.uri))] == [shard.path]
 
 
-def test_names_of_any_letters_come_through(s3: S3, tmp_path, shared_data):
+def test_names_of_any_letters_come_through(s3: S3Server, tmp_path, shared_data):
     data = (shared_data("bad") / "schild_ä 日本 (1).png").read_bytes()
     names = [f"cläss #{c}/schild_ä 日本 ({i})%20+&.png" for c in range(2) for i in range(5)]
     for name in names:
@@ -64,7 +64,7 @@ def test_names_of_any_letters_come_through(s3: S3, tmp_path, shared_data):
     assert remote.classes == ("cläss #0", "cläss #1")
 
 
-def test_missing_buckets_and_wrong_keys_are_one_clear_error(s3: S3, tmp_path, monkeypatch):
+def test_missing_buckets_and_wrong_keys_are_one_clear_error(s3: S3Server, tmp_path, monkeypatch):
     bucket = s3.bucket()
     write(tmp_path, "s/a/1.png", b"x")
     with pytest.raises(StorageDenied, match="no such bucket"):
