@@ -44,7 +44,8 @@ def head(place: Place) -> Entry | None:
         meta = _persist(place, lambda: obstore.head(_store(place), place.path))
     except FileNotFoundError:
         return None
-    return Entry(place.path.rpartition("/")[2], meta["size"], meta["e_tag"] or "")
+    tag = meta["version"] if place.scheme == "gs" else meta["e_tag"]  # Google compares generations, not etags
+    return Entry(place.path.rpartition("/")[2], meta["size"], tag or "")
 
 
 def get(place: Place) -> bytes:
@@ -93,7 +94,7 @@ def put_if_match(place: Place, data: bytes, etag: str) -> bool:
     import obstore
 
     try:
-        _persist(place, lambda: obstore.put(_store(place), place.path, data, mode={"e_tag": etag}))
+        _persist(place, lambda: obstore.put(_store(place), place.path, data, mode={"e_tag": etag, "version": etag}))
     except obstore.exceptions.PreconditionError:
         with contextlib.suppress(FileNotFoundError):
             return get(place) == data  # as above

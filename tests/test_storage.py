@@ -1,11 +1,13 @@
+import json
 import os
 import subprocess
 import sys
 import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from scalecv import storage
+from scalecv import storage, storage_remote
 from scalecv.errors import IntegrityError, StorageDenied, StorageError, UserError
 
 
@@ -142,3 +144,43 @@ def test_a_path_that_cannot_be_is_refused(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StorageDenied, match="check the path"):
         storage.put(str(tmp_path / "file" / "x"), b"")
+
+
+class Generations(BaseHTTPRequestHandler):
+    """Answers like Google's store for one object of generation 77, and keeps what it was asked under."""
+
+    protocol_version = "HTTP/1.1"
+    conditions: list = []
+
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):
+        self._answer("77", 1)
+
+    def do_PUT(self):
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.conditions.append(self.headers.get("x-goog-if-generation-match"))
+        self._answer("78", 0)
+
+    def _answer(self, generation, length):
+        self.send_response(200)
+        told = {"Content-Length": length, "ETag": '"e"', "x-goog-generation": generation}
+        for name, value in (told | {"Last-Modified": "Sat, 21 Nov 2026 10:00:00 GMT"}).items():
+            self.send_header(name, str(value))
+        self.end_headers()
+
+
+def test_google_is_asked_by_generation(monkeypatch):
+    from obstore.store import GCSStore
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Generations)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    key = {"gcs_base_url": f"http://127.0.0.1:{server.server_address[1]}", "disable_oauth": True}
+    key |= dict.fromkeys(("client_email", "private_key", "private_key_id"), "")
+    store = GCSStore("b", client_options={"allow_http": True}, config={"service_account_key": json.dumps(key)})
+    monkeypatch.setattr(storage_remote, "_store", lambda place: store)
+    assert storage.put_if_match("gs://b/x", b"2", storage.head("gs://b/x").etag)
+    assert storage.put_if_absent("gs://b/y", b"1")
+    server.shutdown()
+    assert Generations.conditions == ["77", "0"]
