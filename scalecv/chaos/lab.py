@@ -54,7 +54,8 @@ class Lab:
             Path(str(own["track.storage"])) / str(own["name"]), "*/spool.jsonl"
         )  # fmt: skip
         arguments = [*self.command, *(f"{key}={value}" for key, value in own.items())]
-        quiet = {"RAY_ADDRESS": "", "MLFLOW_TRACKING_URI": ""}
+        # Ray Train takes one report at each look at its workers, and here each step is reported.
+        quiet = {"RAY_ADDRESS": "", "MLFLOW_TRACKING_URI": "", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1"}
         return TrainProcess(arguments, {**quiet, **(environment or {})}, folder, where)
 
     def finish(self, process: TrainProcess, before: Iterable[Step] = (), began: float | None = None) -> Run:
