@@ -37,6 +37,7 @@ def tried(recipe, folder, faults, rounds):
     return report
 
 
+@pytest.mark.chaos
 def test_the_command_killed_while_two_workers_train(recipe, tmp_path):
     command = [sys.executable, "-m", "scalecv", "chaos", str(recipe), "--faults", "driver", "--json"]
     done = subprocess.run([*command, "--to", str(tmp_path / "lab")], capture_output=True, text=True, timeout=500)
