@@ -21,10 +21,6 @@ REACH_S = 5.0
 LOCAL_TRIMS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",  # training is what this machine is asked to do
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one machine: nothing tells of a preemption
-    "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
 }
 SHOWS_WORKERS = os.environ.get("SCALECV_VERBOSE", "") not in ("", "0")
 """Whether the lines that workers print come to the terminal; they are in Ray's logs anyway."""

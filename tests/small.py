@@ -1,4 +1,6 @@
-"""Fixtures: small datasets and experiments on them."""
+"""Fixtures: small datasets and experiments on them; and a network that does something at a call."""
+
+from textwrap import indent
 
 import pytest
 import torch
@@ -80,3 +82,27 @@ FIELDS = {
     "scale.workers": 0,
     "track.pictures": 4,
 }
+NET = """
+import os, signal, threading, time, torch
+from torch import nn
+def build(in_channels, outputs, marker="", pause_s=0.0):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(in_channels, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(),
+                                      nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, outputs))
+            self.register_buffer("seen", torch.zeros(1))
+            self.calls = 0
+        def forward(self, x):
+            self.calls += self.training
+            rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+{act}
+            return self.body(x)
+    return Net()
+"""
+
+
+def write_net(folder, name, act):
+    """Write a module with a network that runs `act` in each forward pass, and give the keys of an experiment on it."""
+    (folder / f"{name}.py").write_text(NET.replace("{act}", indent(act, " " * 12)))
+    return {"model__arch": f"{name}:build", "model__stem": "default", "model__norm": "group"}

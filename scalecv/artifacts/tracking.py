@@ -71,7 +71,6 @@ class Sender:
         self._state = Sent(self.state_path, storage.without_secrets(uri), run_key)
         self._run: mlflow_run.Run | None = None
         self._reopened = False
-        self._known = threading.Event()
         self._wake = threading.Event()
         self._stop = threading.Event()
         self._closing = threading.Event()
@@ -88,11 +87,6 @@ class Sender:
     def run_id(self) -> str | None:
         """The MLflow run's id; None while MLflow has not answered yet."""
         return self._run.run_id if self._run else self._state.run_id
-
-    def wait_run_id(self, timeout_s: float) -> str | None:
-        """The run's id as soon as it is known, None when that takes longer than `timeout_s`."""
-        self._known.wait(timeout_s)
-        return self.run_id
 
     def close(self, timeout_s: float = 30.0) -> bool:
         """Wait until all is sent; False when that takes longer than `timeout_s` (`waiting` tells what is left)."""
@@ -199,7 +193,6 @@ class Sender:
                 self._state.marks = mlflow_run.newest(run)
             self._run = run
             self._save()
-            self._known.set()
         return self._run
 
     def _send_points(self, run: mlflow_run.Run, points: list[mlflow_run.Point], offset: int | None) -> None:

@@ -15,7 +15,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -181,7 +181,7 @@ class Epoch:
         shard, index = groups[group]
         if all((shard.path, index) != (known.shard, known.row_group) for known in self.damaged):
             self.damaged.append(Damaged(shard.path, index, shard.row_groups[index], str(table)))
-            self._check_budget(table)
+            self.check_budget(self.damaged)
         for further in range(1, len(groups)):
             number = (group + further) % len(groups)
             other = _read(self._feed.dataset, groups, number)
@@ -189,19 +189,21 @@ class Epoch:
                 return _Columns(groups[number], self._feed.dataset, other, is_stand_in=True)
         raise table
 
-    def _check_budget(self, error: IntegrityError) -> None:
+    def check_budget(self, damaged: Collection[Damaged]) -> None:
+        """See whether the epoch may go on without these row groups, each of them once, of one rank or of all.
+
+        Raises: IntegrityError: they hold more rows than `max_bad` allows; an evaluation needs all rows.
+        """
         feed = self._feed
-        lost, rows = sum(d.rows for d in self.damaged), feed.dataset.manifest.splits[feed.split]
-        if not feed.is_training:
+        lost, rows = sum(one.rows for one in damaged), feed.dataset.manifest.splits[feed.split]
+        if damaged and (not feed.is_training or lost > feed.max_bad * rows):
+            what = f"{[*damaged][-1].reason}. {lost} of {rows} rows of {feed.split} cannot be"
             raise IntegrityError(
-                f"{error}. {self.damaged[-1].rows} of {rows} rows of {feed.split} cannot be scored, and a metric over "
-                "fewer rows would be another metric"
-            )
-        if lost > feed.max_bad * rows:
-            raise IntegrityError(
-                f"{error}. {lost} of {rows} rows of {feed.split} cannot be read, data.max_bad={feed.max_bad:g} allows "
-                f"{int(feed.max_bad * rows)}: `scalecv data verify {feed.dataset.uri}` names all damaged row groups; "
-                "restore the shards or ingest again, and the same command goes on"
+                f"{what} read, data.max_bad={feed.max_bad:g} allows {int(feed.max_bad * rows)}: `scalecv data verify "
+                f"{feed.dataset.uri}` names all damaged row groups; restore the shards or ingest again, and the same "
+                "command goes on"
+                if feed.is_training
+                else f"{what} scored, and a metric over fewer rows would be another metric"
             )
 
     def _start_filling(self, picks: Picks, held: dict[int, Any], pool: ThreadPoolExecutor) -> Filling:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -116,15 +117,16 @@ def disk(lab: Lab, quiet: Run, name: str, step: int, draw: random.Random) -> Out
             ballast.unlink()
             first = f"exit code {code}: {run.said()}"
             held = newest_checkpoint(str(place / f"{lab.experiment.name}-{name}" / "001"))
+            if code == 0:
+                raise NotHere(f"the run ended before the disk that was full from step {step} on mattered")
             done = steps_of(run)
-            if code != 0:
-                run.start()
+            run.start()
             ended = lab.finish(run, done, began)
     what = f"disk full at step {step}"
-    verdict = judge("disk", step, what, quiet, ended, held=held, record=lab.record_of(name))
-    if verdict.verdict == "PASS" and (code != 1 or "space" not in first):
-        return judge("disk", step, f"{what}, not said: {first}", quiet, Run(code, first, "", "", (), 0.0))
-    return verdict
+    outcome = judge("disk", step, what, quiet, ended, held=held, record=lab.record_of(name))
+    if outcome.verdict == "PASS" and (code != 1 or "space" not in first):
+        return replace(outcome, verdict="HARD_FAIL", detail=f"{what}, which was not said: {first}")
+    return outcome
 
 
 def tracker(lab: Lab, quiet: Run, name: str, step: int, draw: random.Random) -> Outcome:

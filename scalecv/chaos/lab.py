@@ -54,8 +54,7 @@ class Lab:
             Path(str(own["track.storage"])) / str(own["name"]), "*/spool.jsonl"
         )  # fmt: skip
         arguments = [*self.command, *(f"{key}={value}" for key, value in own.items())]
-        # Ray Train takes one report at each look at its workers, and here each step is reported.
-        quiet = {"RAY_ADDRESS": "", "MLFLOW_TRACKING_URI": "", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1"}
+        quiet = {"RAY_ADDRESS": "", "MLFLOW_TRACKING_URI": ""}
         return TrainProcess(arguments, {**quiet, **(environment or {})}, folder, where)
 
     def finish(self, process: TrainProcess, before: Iterable[Step] = (), began: float | None = None) -> Run:

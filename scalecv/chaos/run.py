@@ -13,6 +13,7 @@ from scalecv.chaos.verdict import MEANING, Outcome, Run, share_done_once
 from scalecv.config import Experiment
 from scalecv.errors import ConfigError, ScalecvError, nearest
 from scalecv.shards.store import open_dataset
+from scalecv.testing.servers import NotStarted
 
 EPOCHS = 3
 CHECKPOINTS = 20
@@ -70,8 +71,10 @@ def chaos(
         seed: of the steps at which faults come.
         rounds: times that each fault is tried.
         tell: called with a line for each thing that is done.
-    Raises: ConfigError: an unknown fault, or a folder that is not empty. ScalecvError: the quiet run fails.
+    Raises: ConfigError: no fault, an unknown one, or a folder that is not empty. ScalecvError: the quiet run fails.
     """
+    if not faults:
+        raise ConfigError(f"--faults is empty: expected some of {','.join(FAULTS)}")
     for name in faults:
         if name not in FAULTS:
             raise ConfigError(f"--faults {name}: expected some of {','.join(FAULTS)}{nearest(name, list(FAULTS))}")
@@ -122,7 +125,7 @@ def _try(lab: Lab, quiet: Run, fault: str, number: int, draw: random.Random) -> 
     step = draw.randint(1, max(1, lab.steps - 1))
     try:
         return FAULTS[fault](lab, quiet, f"{fault}-{number + 1}", step, random.Random(draw.random()))  # noqa: S311
-    except NotHere as reason:
+    except (NotHere, NotStarted) as reason:
         return Outcome(fault, "NOT_RUN", str(reason), step)
     except TimeoutError as error:
         return Outcome(fault, "HARD_FAIL", str(error), step)

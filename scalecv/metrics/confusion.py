@@ -4,8 +4,6 @@ A matrix is int64 [K, K]: truth in rows, prediction in columns. Matrices add up 
 number computed from the sum is exact. What is 0/0 is 0.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -76,19 +74,6 @@ def always(matrix: Tensor, place: int) -> Tensor:
     out = torch.zeros_like(matrix)
     out[:, place] = matrix.sum(1)
     return out
-
-
-def most_confused(matrix: Tensor, classes: Sequence[str], count: int = 10) -> list[tuple[str, str, int]]:
-    """The most frequent mistakes: (truth, prediction, rows), largest first."""
-    m = matrix.detach().cpu().clone()
-    m.fill_diagonal_(0)
-    k = len(classes)
-    top = torch.topk(m.flatten(), min(count, k * k))
-    return [
-        (classes[place // k], classes[place % k], rows)
-        for rows, place in zip(top.values.tolist(), top.indices.tolist(), strict=True)
-        if rows
-    ]
 
 
 def _seen(matrix: Tensor) -> Tensor:

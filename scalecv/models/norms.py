@@ -104,11 +104,6 @@ class _Sum(torch.autograd.Function):
         return total
 
 
-def has_batchnorm(model: nn.Module) -> bool:
-    """Whether some layer learns from the statistics of its batch, so that a batch of one cannot be trained on."""
-    return any(isinstance(m, BatchNorm) and not isinstance(m, FrozenBatchNorm2d) for m in model.modules())
-
-
 def change_norm(model: nn.Module, norm: Literal["batch", "sync", "group", "frozen"]) -> nn.Module:
     """The network with another normalisation in place of each BatchNorm; names of weights stay as they are.
 

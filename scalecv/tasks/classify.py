@@ -7,7 +7,6 @@ from torch import Tensor
 
 from scalecv.config import Loss
 from scalecv.metrics import confusion as numbers
-from scalecv.models.losses import cross_entropy
 from scalecv.tasks.task import Batch, Task, active_terms, refuse
 from scalecv.tasks.tell import each_class
 
@@ -60,11 +59,6 @@ def predict(logits: Tensor) -> tuple[Tensor, Tensor]:
     return probability.argmax(1), probability
 
 
-def per_sample(logits: Tensor, batch: Batch) -> Tensor:
-    """Cross-entropy of each sample, float32 [B]."""
-    return torch.where(batch["valid"], cross_entropy(logits.detach(), batch["label"]), 0.0)
-
-
 CLASSIFY = Task(
     name="classify",
     headline="accuracy",
@@ -76,5 +70,4 @@ CLASSIFY = Task(
     score=score,
     summarise=summarise,
     predict=predict,
-    per_sample=per_sample,
 )

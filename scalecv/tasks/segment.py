@@ -7,7 +7,6 @@ from torch import Tensor
 
 from scalecv.config import Loss
 from scalecv.metrics import confusion as numbers
-from scalecv.models.losses import cross_entropy
 from scalecv.tasks.task import Batch, Task, active_terms, refuse
 from scalecv.tasks.tell import each_class
 
@@ -71,11 +70,6 @@ def predict(logits: Tensor) -> tuple[Tensor, Tensor]:
     return _decide(scores), torch.softmax(scores, 1)
 
 
-def per_sample(logits: Tensor, batch: Batch) -> Tensor:
-    """Cross-entropy over the labelled pixels of each sample, float32 [B]."""
-    return torch.where(batch["valid"], cross_entropy(logits.detach(), batch["mask"]), 0.0)
-
-
 def _classes(logits: Tensor) -> int:
     return max(2, logits.shape[1])
 
@@ -95,5 +89,4 @@ SEGMENT = Task(
     score=score,
     summarise=summarise,
     predict=predict,
-    per_sample=per_sample,
 )

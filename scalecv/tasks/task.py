@@ -43,12 +43,6 @@ class Task:
     """(sums, class names) -> metrics by name, without the split."""
     predict: Callable[[Tensor], tuple[Tensor, Tensor]]
     """logits -> class int64 [B] or [B, H, W], probability float32 [B, K] or [B, K, H, W]."""
-    per_sample: Callable[[Tensor, Batch], Tensor]
-    """(logits, batch) -> how hard each sample was, float32 [B], 0 where not valid."""
-
-    def weights(self, loss: Loss, classes: int) -> dict[str, float]:
-        """Weights of the active terms: those of the experiment, or the task's default."""
-        return loss.terms() or self.default_loss(classes)
 
 
 def active_terms(

@@ -21,6 +21,10 @@ BIN = Path(sys.executable).parent
 HERE = "127.0.0.1"
 
 
+class NotStarted(RuntimeError):
+    """A server of this machine did not come up."""
+
+
 def free_ports(count: int) -> list[int]:
     """Ports that nothing listens on, below those that outgoing connections take."""
     found: list[int] = []
@@ -41,7 +45,7 @@ def wait_for(
 ) -> None:
     """Wait until a server answers.
 
-    Raises: RuntimeError: it ended, or did not answer in time; with the end of its log.
+    Raises: NotStarted: it ended, or did not answer in time; with the end of its log.
     """
     ends = time.monotonic() + timeout_s
     while time.monotonic() < ends and (process is None or process.poll() is None):
@@ -50,7 +54,7 @@ def wait_for(
                 return
         time.sleep(0.1)
     told = f", the end of {log}: {log.read_text(errors='replace')[-2000:]}" if log else ""
-    raise RuntimeError(f"not ready within {timeout_s:.0f} s{told}")
+    raise NotStarted(f"not ready within {timeout_s:.0f} s{told}")
 
 
 def end(process: subprocess.Popen[bytes] | None, *, at_once: bool = False) -> None:
@@ -201,9 +205,10 @@ class RayNodes:
     def start(self, workers: int) -> None:
         """Start the head and `workers` nodes."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        ports = dict(zip(("dashboard-agent-listen-port", "dashboard-agent-grpc-port"), free_ports(2), strict=True))
+        names = ("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "ray-client-server-port")
+        ports = dict(zip(names, free_ports(3), strict=True))
         options = ["--head", f"--port={self.port}", "--num-cpus=0", "--include-dashboard=false"]
-        options += [f"--{name}={port}" for name, port in ports.items()] + ["--ray-client-server-port=0"]
+        options += [f"--{name}={port}" for name, port in ports.items()]
         self._start(options)
         for _ in range(workers):
             self.add()

@@ -7,7 +7,7 @@ import torch
 from torch import distributed as dist
 
 if TYPE_CHECKING:
-    from scalecv.batches.feed import Epoch
+    from scalecv.batches.feed import Damaged, Epoch
     from scalecv.train.loop import Setup, State
 
 
@@ -25,8 +25,9 @@ class Meter:
         self.rows, self.seen_wait_s = 0, 0.0
         self.point = {"loss": 0.0, "rows": 0.0, "wait_s": 0.0}
         self.rows_seen, self.wait_s = 0.0, 0.0
-        self.damage: list[str] = []
-        self.told_damage: set[str] = set()
+        self.damaged: dict[tuple[str, int], Damaged] = {}
+        self.untold: list[Damaged] = []
+        self.sent = 0
 
     def add(self, loss: torch.Tensor, rows: int) -> None:
         """One step of this rank: the sum of its losses, and its rows that count."""
@@ -36,15 +37,15 @@ class Meter:
     def gather(self, state: "State") -> None:
         """Add what all ranks have seen since the last call to the state of the epoch; called on all ranks."""
         waited, self.seen_wait_s = self.batches.wait_s - self.seen_wait_s, self.batches.wait_s
-        news = [said for said in getattr(self.batches, "damaged", []) if said not in self.told_damage]
+        news = self.batches.damaged[self.sent :]
+        self.sent += len(news)
         numbers = torch.tensor([self.rows, waited, len(news)], dtype=torch.float64)
         losses = torch.stack(self.losses).double().cpu() if self.losses else torch.zeros(0, dtype=torch.float64)
         everyone = [part.tolist() for part in _all(torch.cat([numbers, losses]), self.setup.device)]
         self.losses, self.rows = [], 0
         rows, waited, damaged = (sum(part[at] for part in everyone) for at in range(3))
         if damaged:
-            self.told_damage.update(news)
-            self.damage += _all_texts(news)
+            self._learn(news)
         for of_step in zip(*(part[3:] for part in everyone), strict=True):
             state.epoch_loss += sum(of_step)
             self.point["loss"] += sum(of_step)
@@ -52,6 +53,18 @@ class Meter:
         self.point["rows"] += rows
         self.point["wait_s"] += waited
         self.rows_seen, self.wait_s = self.rows_seen + rows, self.wait_s + waited
+
+    def _learn(self, news: list["Damaged"]) -> None:
+        """Join what the ranks could not read; a row group that two of them needed counts once."""
+        everyone = [news]
+        if dist.is_initialized():
+            everyone = [[] for _ in range(dist.get_world_size())]
+            dist.all_gather_object(everyone, news)
+        for one in (one for part in everyone for one in part):
+            if (one.shard, one.row_group) not in self.damaged:
+                self.damaged[one.shard, one.row_group] = one
+                self.untold.append(one)
+        self.batches.check_budget(self.damaged.values())
 
     def tell(self, state: "State", lr: float, norm: float) -> None:
         """Report a point; called on all ranks."""
@@ -83,8 +96,8 @@ class Meter:
             },
         ]
         state.recent.append(events[0])
-        events += [{"kind": "progress", "message": said} for said in dict.fromkeys(self.damage)]
-        self.damage = []
+        events += [{"kind": "progress", "message": f"{one.rows} rows left out: {one.reason}"} for one in self.untold]
+        self.untold = []
         self.setup.report([*events, *self.setup.saver.written()])
 
     def _left_s(self, state: "State", took: float) -> float:
@@ -115,11 +128,3 @@ def _all(mine: torch.Tensor, device: torch.device) -> list[torch.Tensor]:
     everyone = [torch.empty_like(here) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, here)
     return everyone
-
-
-def _all_texts(mine: list[str]) -> list[str]:
-    if not dist.is_initialized():
-        return mine
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return [text for part in everyone for text in part]

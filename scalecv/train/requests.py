@@ -23,6 +23,8 @@ DRAIN_SAVE_S = 10.0
 """Seconds between checkpoints while the node of a rank is about to be taken away."""
 LOCAL_LOOK_S, REMOTE_LOOK_S = 0.05, 1.0
 """Seconds between two looks for the STOP file: on a disk, and in an object store."""
+LEAVE_S = 2.0
+"""Seconds that the thread has to end: one that meets the end of the interpreter may abort the process."""
 
 terminated = threading.Event()
 """Set by a SIGTERM to this process, where `hear_sigterm` was called."""
@@ -80,14 +82,18 @@ class Requests:
         self.group: Any = dist.new_group(backend="gloo") if ranks > 1 and dist.get_backend() != "gloo" else None
         self.flags = torch.zeros(3, dtype=torch.int32)
         self.work: Any = None
+        self.thread: threading.Thread | None = None
 
     def __enter__(self) -> "Requests":
         if self.rank == 0:
-            threading.Thread(target=self._listen, name="requests", daemon=True).start()
+            self.thread = threading.Thread(target=self._listen, name="requests", daemon=True)
+            self.thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.ended.set()
+        if self.thread:
+            self.thread.join(LEAVE_S)
 
     def begin(self, *, save: bool = False) -> None:
         """Say what this rank has heard, and that it wants a checkpoint; all ranks call it equally often."""

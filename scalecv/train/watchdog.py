@@ -18,6 +18,8 @@ LINGER_S = 3.0
 """Seconds between saving the stacks and the end: time for the other ranks, which hang too, to save theirs."""
 STORE_S = 20.0
 """Seconds that saving the stacks may take, for storage may be what hangs."""
+LEAVE_S = 2.0
+"""Seconds that the thread has to end: one that meets the end of the interpreter may abort the process."""
 BUSY = 0.2
 """Share of a core above which start-up (imports, building, torch.compile) counts as moving."""
 
@@ -37,13 +39,15 @@ class Watchdog:
         self.after_s, self.folder, self.name, self.end = after_s, folder, name, end
         self.moved_at, self.has_moved = time.monotonic(), False
         self.ended = threading.Event()
+        self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
-        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        self.thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.ended.set()
+        self.thread.join(LEAVE_S)
 
     def tick(self) -> None:
         """There was progress: a step, a batch that was scored, a part that was written."""

@@ -218,11 +218,12 @@ def test_ten_thousand_points_arrive_in_full_batches(run, store):
 
 def test_a_parent_and_its_child(run, store, tmp_path):
     parent, _ = run("parent")
-    parent_id = parent.wait_run_id(30)
+    assert parent.close(30)
+    parent_id = parent.run_id
     child = tracking.Sender(
         tmp_path / "c", tmp_path / "c.sent.json", store, "tests", "t1", "child", {"mlflow.parentRunId": parent_id}
     )
-    assert child.close(30) and parent.close(30)
+    assert child.close(30)
     assert client(store).get_run(child.run_id).data.tags["mlflow.parentRunId"] == parent_id
 
 

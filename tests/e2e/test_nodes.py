@@ -12,32 +12,20 @@ import pytest
 from scalecv.artifacts import spool
 from scalecv.train import runs
 from scalecv.train.run import train
+from tests.small import write_net
 
 pytestmark = [pytest.mark.e2e, pytest.mark.chaos]
 ROOT = Path(__file__).parents[2]
 NO_TOKEN = {"RAY_AUTH_MODE": "disabled"}
 SLOW = """
-import os, time, torch
-from torch import nn
-def build(in_channels, outputs, pause_s=0.0, marker=""):
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body = nn.Sequential(nn.Conv2d(in_channels, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(),
-                                      nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, outputs))
-            self.calls = 0
-        def forward(self, x):
-            self.calls += self.training
-            if self.training:
-                time.sleep(pause_s)
-            if marker and self.calls == 12 and not os.path.exists(marker) and torch.distributed.get_rank() == 1:
-                open(marker, "w").close()
-                time.sleep(1000)
-            return self.body(x)
-    return Net()
+if self.training:
+    time.sleep(pause_s)
+if marker and self.calls == 12 and not os.path.exists(marker) and rank == 1:
+    open(marker, "w").close()
+    time.sleep(1000)
 """
-KEYS = {"model__arch": "slow:build", "model__stem": "default", "model__norm": "group", "train__exact": True}
-KEYS |= {"track__log_every": 1, "data__reader": "threads"}
+KEYS = {"train__exact": True, "track__log_every": 1, "data__reader": "threads"}
+KEYS |= {"model__arch": "slow:build", "model__stem": "default", "model__norm": "group"}
 DRIVER = """
 import json, sys
 from dataclasses import asdict
@@ -45,6 +33,7 @@ from scalecv import config
 from scalecv.errors import ScalecvError
 from scalecv.train import ray_scaling
 from scalecv.train.run import train
+from tests.small import write_net
 ray_scaling.ROOM_S = ray_scaling.SETTLE_S = float(sys.argv[3])
 try:
     print(json.dumps(asdict(train(config.build(json.loads(sys.argv[1]), "test"), code_dirs=(sys.argv[2],)))))
@@ -72,7 +61,7 @@ def add_node(cluster):
 @pytest.fixture
 def driver(cluster, tmp_path):
     """A function that starts `train` on the cluster in a process of its own."""
-    (tmp_path / "slow.py").write_text(SLOW)
+    write_net(tmp_path, "slow", SLOW)
     started = []
 
     def start(experiment, patience_s=5):
@@ -184,7 +173,7 @@ def test_no_room_any_more_is_said_in_one_line(shapes, cluster, driver):
 
 @pytest.mark.usefixtures("ray_local")
 def test_a_worker_that_hangs_is_started_again(shapes, tmp_path, monkeypatch):
-    (tmp_path / "slow.py").write_text(SLOW)
+    write_net(tmp_path, "slow", SLOW)
     monkeypatch.syspath_prepend(str(tmp_path))
     keys = {**KEYS, "model__args": {"marker": str(tmp_path / "marker")}, "track__checkpoint_steps": 2}
     experiment = shapes(name="hangs", scale__workers=2, scale__hang_after_s=5, **keys)

@@ -10,6 +10,7 @@ from scalecv.errors import ConfigError, ScalecvError
 from scalecv.shards.ingest import IngestOptions, ingest
 from scalecv.train.run import train
 from tests import make
+from tests.small import write_net
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("ray_local")]
 PLAIN = {"model__norm": "group", "train__optimizer": "sgd", "train__lr": 0.01, "train__epochs": 2}
@@ -53,38 +54,17 @@ def test_from_s3_as_from_disk(shapes, s3, tmp_path):
     assert train(shapes(name="alone", scale__workers=0, **keys)).was_complete
 
 
-KILLER = """
-import os, signal, torch
-from torch import nn
-def build(in_channels, outputs, marker):
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body = nn.Sequential(nn.Conv2d(in_channels, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(),
-                                      nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, outputs))
-            self.calls = 0
-        def forward(self, x):
-            self.calls += self.training
-            {act}
-            return self.body(x)
-    return Net()
-"""
-
-
 def test_a_killed_worker_is_started_again_and_the_weights_are_those_of_one_process(shapes, tmp_path):
     """Rank 1 kills itself in the middle of epoch 2, once; Ray starts both again from the checkpoint.
 
     With `train.exact` the end is, bit for bit, that of an undisturbed run in one process (AdamW, where DDP differs).
     """
-    act = (
-        "if self.calls == 12 and torch.distributed.is_initialized() and torch.distributed.get_rank() == 1 "
-        "and not os.path.exists(marker):\n"
-        "                open(marker, 'w').close(); os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    (tmp_path / "killer.py").write_text(KILLER.replace("{act}", act))
+    act = """
+if self.calls == 12 and rank == 1 and not os.path.exists(marker):
+    open(marker, "w").close(); os.kill(os.getpid(), signal.SIGKILL)
+"""
     marker, told = tmp_path / "marker", []
-    keys = {"model__arch": "killer:build", "model__stem": "default", "model__norm": "group", "train__exact": True}
-    keys["model__args"] = {"marker": str(marker)}
+    keys = {"train__exact": True, **write_net(tmp_path, "killer", act), "model__args": {"marker": str(marker)}}
     lost = train(shapes(name="lost", scale__workers=2, **keys), code_dirs=(str(tmp_path),), tell=told.append)
     assert marker.exists()
     assert any("goes on from epoch" in e.get("message", "") for e in told)
@@ -94,8 +74,7 @@ def test_a_killed_worker_is_started_again_and_the_weights_are_those_of_one_proce
 
 
 def test_a_bug_is_shown_after_the_first_start(shapes, tmp_path):
-    (tmp_path / "buggy.py").write_text(KILLER.replace("{act}", "raise ZeroDivisionError(f'bug in {os.getpid()}')"))
-    keys = {"model__arch": "buggy:build", "model__stem": "default", "model__args": {"marker": ""}}
+    keys = write_net(tmp_path, "buggy", "raise ZeroDivisionError(f'bug in {os.getpid()}')")
     with pytest.raises(ScalecvError, match="ZeroDivisionError: bug in") as said:
         train(shapes(scale__workers=1, **keys), code_dirs=(str(tmp_path),))
     assert said.value.exit_code == 1

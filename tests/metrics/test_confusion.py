@@ -61,7 +61,6 @@ def test_a_target_that_is_no_class_is_an_error():
         numbers.confusion(torch.tensor([0, 1]), torch.tensor([1]), 2)
 
 
-def test_always_and_most_confused():
+def test_always():
     matrix = torch.tensor([[5, 1, 0], [4, 2, 0], [0, 0, 9]])
     assert numbers.always(matrix, 0).tolist() == [[6, 0, 0], [6, 0, 0], [9, 0, 0]]
-    assert numbers.most_confused(matrix, "abc") == [("b", "a", 4), ("a", "b", 1)]

@@ -122,8 +122,6 @@ def test_filler_rows_change_nothing(name, classes):
     for term, value in task.losses(logits[:5], real, Loss(), None).items():
         assert torch.equal(terms[term][:5], value) and (terms[term][5:] == 0).all()
         assert value.shape == (5,) and value.dtype == torch.float32
-    hard = task.per_sample(logits, filled)
-    assert hard.dtype == torch.float32 and (hard[5:] == 0).all() and (hard[:5] > 0).all()
 
 
 @pytest.mark.parametrize(("name", "classes"), CASES)
@@ -183,7 +181,6 @@ def test_terms_that_do_not_fit_are_refused(name, classes, term, fits):
 def test_the_loss_of_the_experiment_goes_before_the_default():
     task, batch = TASKS["segment"], batch_of(TASKS["segment"], 2)
     logits = torch.randn(8, 1, SIDE, SIDE)
-    assert set(task.losses(logits, batch, Loss(), None)) == {"bce", "dice"} == set(task.weights(Loss(), 2))
+    assert set(task.losses(logits, batch, Loss(), None)) == {"bce", "dice"} == set(task.default_loss(2))
     assert set(task.losses(logits, batch, Loss(jaccard=1.0), None)) == {"jaccard"}
-    assert task.weights(Loss(jaccard=2.0), 2) == {"jaccard": 2.0}
     assert set(task.default_loss(5)) == {"cross_entropy", "dice"}

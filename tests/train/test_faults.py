@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,27 +24,10 @@ from scalecv.train.requests import Requests
 from scalecv.train.run import train
 from scalecv.train.watchdog import Watchdog
 from scalecv.train.writer import Writer, first_non_finite, on_host
+from tests.small import write_net
 from tests.train import ranks
 
 ROOT = Path(__file__).parents[2]
-NET = """
-import os, threading, time, torch
-from torch import nn
-def build(in_channels, outputs, marker=""):
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body = nn.Sequential(nn.Conv2d(in_channels, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(),
-                                      nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, outputs))
-            self.register_buffer("seen", torch.zeros(1))
-            self.calls = 0
-        def forward(self, x):
-            self.calls += self.training
-            {act}
-            return self.body(x)
-    return Net()
-"""
-OWN = {"model__stem": "default", "model__norm": "group"}
 
 
 @pytest.fixture
@@ -51,11 +35,7 @@ def net(tmp_path, monkeypatch):
     """A function that writes a network of one's own which acts at some call, and gives the keys for it."""
     monkeypatch.syspath_prepend(str(tmp_path))
 
-    def write(name, act):
-        (tmp_path / f"{name}.py").write_text(NET.replace("{act}", act))
-        return {**OWN, "model__arch": f"{name}:build"}
-
-    return write
+    return partial(write_net, tmp_path)
 
 
 def folder(experiment):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,12 +13,27 @@ from pathlib import Path
 import pytest
 
 from scalecv import config
-from scalecv.artifacts import bundle
-from scalecv.errors import ConfigError, DataError, Interrupted, ScalecvError, UserError
+from scalecv.artifacts import bundle, spool
+from scalecv.errors import ConfigError, DataError, IntegrityError, Interrupted, ScalecvError, UserError
+from scalecv.shards import store
+from scalecv.shards.ingest import IngestOptions, ingest
+from scalecv.shards.store import open_dataset
 from scalecv.train import runs
 from scalecv.train.run import train
+from tests import make
+from tests.train import ranks
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def many_groups(tmp_path_factory):
+    """The pictures of three shapes in small row groups."""
+    folder = tmp_path_factory.mktemp("groups")
+    make.shapes(folder / "images")
+    told = {"source": str(folder / "images"), "to": str(folder / "data"), "layout": "imagefolder"}
+    ingest(IngestOptions(**told, row_group_mb=0.004, concurrency=0))
+    return told["to"]
 
 
 def mlflow_run(result):
@@ -144,6 +160,50 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(shapes):
     rest = train(shapes(name="damaged", train__epochs=4, train__schedule="cosine"), tell=told.append)
     assert any("passed over" in e.get("message", "") and newest.name in e["message"] for e in told)
     assert rest.order_hash == quiet.order_hash
+
+
+def damaged_copy(dataset, folder):
+    """A copy with one flipped bit in its training rows."""
+    store._footer.cache_clear()
+    opened = open_dataset(str(shutil.copytree(dataset, folder)))
+    shard = opened.manifest.shards_of("train")[0]
+    data = bytearray((folder / shard.path).read_bytes())
+    data[shard.byte_ranges[0][0] + 300] ^= 8
+    (folder / shard.path).write_bytes(data)
+    return str(folder), shard.row_groups[0]
+
+
+def test_a_damaged_row_group_is_left_out_within_the_budget(shapes, many_groups, tmp_path):
+    """Said once in an epoch, counted in its numbers; more than data.max_bad is one clear error."""
+    uri, rows = damaged_copy(many_groups, tmp_path / "damaged")
+    told = []
+    train(shapes(data__uri=uri, data__max_bad=0.5, train__epochs=2), tell=told.append)
+    assert [e["metrics"]["data/rows_left_out"] for e in told if e.get("is_epoch_end")] == [rows, rows]
+    said = [event["message"] for event in told if "left out" in event.get("message", "")]
+    assert len(said) == 2 and all(one.startswith(f"{rows} rows left out: {uri}/") for one in said), said
+    with pytest.raises(IntegrityError, match=r"row group 0 is damaged.*data.max_bad=0.01 allows 0") as error:
+        train(shapes(name="strict", data__uri=uri))
+    assert error.value.exit_code == 1
+
+
+def test_two_ranks_have_one_budget(shapes, many_groups, tmp_path):
+    """What two ranks cannot read counts together, and a row group that both need is told and counted once."""
+    uri, rows = damaged_copy(many_groups, tmp_path / "damaged")
+    manifest = open_dataset(uri).manifest
+    shard, total = manifest.shards_of("train")[0], manifest.splits["train"]
+    data = bytearray((tmp_path / "damaged" / shard.path).read_bytes())
+    for group in range(1, len(shard.row_groups), 2):
+        data[shard.byte_ranges[group][0] + 300] ^= 8
+        rows += shard.row_groups[group]
+    (tmp_path / "damaged" / shard.path).write_bytes(data)
+    experiment = shapes(name="within", data__uri=uri, data__max_bad=rows / total, train__epochs=1)
+    ends, said = ranks.ended(ranks.start(experiment, 2, tmp_path))
+    assert ends == [0, 0], said
+    events = spool.read(Path(runs.home(experiment)) / "001" / "spool.jsonl", most_bytes=1 << 30)[0]
+    told = [event["message"] for event in events if "left out" in event.get("message", "")]
+    assert len(told) == len(set(told)) and sum(int(one.split()[0]) for one in told) == rows, told
+    ends, said = ranks.ended(ranks.start(shapes(name="above", data__uri=uri, data__max_bad=0.01), 2, tmp_path))
+    assert ends == [1, 1] and any("rows of train cannot be read" in one for one in said), said
 
 
 def test_a_second_live_run_of_one_name_is_refused(shapes):
