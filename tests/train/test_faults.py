@@ -221,43 +221,46 @@ def test_the_watchdog_knows_start_up_from_a_hang(tmp_path):
 EXACT = {"train__exact": True, "track__log_every": 1, "train__epochs": 4}
 
 
-def wait_for(experiment, updates):
-    """Until the run has made so many updates since it was last begun."""
+def wait_for(experiment, updates, starts=1):
+    """Until the run has been started so many times, and has made so many updates in all."""
     until = time.monotonic() + 120
     while time.monotonic() < until:
         events, _ = spool.read(folder(experiment) / "spool.jsonl")
-        begun = max((at for at, event in enumerate(events) if event["kind"] == "workers"), default=len(events))
-        if max((event.get("step", 0) for event in events[begun:]), default=0) >= updates:
+        begun = [at for at, event in enumerate(events) if event["kind"] == "workers"]
+        if len(begun) >= starts and max((e.get("step", 0) for e in events[begun[-1] :]), default=0) >= updates:
             return
         time.sleep(0.05)
     raise AssertionError("it did not get there")
 
 
-def test_two_workers_then_one_then_two(shapes, net, tmp_path):
-    """A rank is told to go, then the run is stopped, each in mid-epoch: the end is that of one process, bit for bit."""
-    keys = {**EXACT, **net("pausing", "time.sleep(0.05)")}
+@pytest.mark.parametrize("numbers", [[2, 1, 2], pytest.param([4, 2, 1, 4], marks=pytest.mark.chaos)], ids=str)
+def test_other_numbers_of_workers_on_the_way(shapes, net, tmp_path, numbers):
+    """A rank is told to go, or the run is stopped, each in mid-epoch: the end is that of one process, bit for bit."""
+    keys = {**EXACT, "train__epochs": 2 * len(numbers), **net("pausing", "time.sleep(0.05)")}
     quiet = train(shapes(name="quiet", **keys))
-    experiment = shapes(name="elastic", scale__workers=2, **keys)
-    two = ranks.start(experiment, 2, tmp_path)
-    wait_for(experiment, 2)
-    two[1].send_signal(signal.SIGTERM)
-    assert ranks.ended(two)[0] == [ranks.LEFT, ranks.LEFT]
-    first = max(saved(experiment))
+    experiment = shapes(name="elastic", scale__workers=max(numbers), **keys)
+    reached = 0
+    for starts, number in enumerate(numbers[:-1], 1):
+        started = ranks.start(experiment, number, tmp_path)
+        wait_for(experiment, reached + 2, starts)
+        if number > 1:
+            started[-1].send_signal(signal.SIGTERM)
+            assert ranks.ended(started)[0] == [ranks.LEFT] * number
+        else:
+            (folder(experiment) / "STOP").write_bytes(b"stop")
+            assert ranks.ended(started)[0] == [0]
+            (folder(experiment) / "STOP").unlink()
+        assert reached < max(saved(experiment)) < 10 * len(numbers)
+        reached = max(saved(experiment))
 
-    one = ranks.start(experiment, 1, tmp_path)
-    wait_for(experiment, 1)
-    (folder(experiment) / "STOP").write_bytes(b"stop")
-    assert ranks.ended(one)[0] == [0]
-    (folder(experiment) / "STOP").unlink()
-    assert first < max(saved(experiment)) < 20
-
-    statuses, said = ranks.ended(ranks.start(experiment, 2, tmp_path))
-    assert statuses == [0, 0], said
-    events, _ = spool.read(folder(experiment) / "spool.jsonl")
+    statuses, said = ranks.ended(ranks.start(experiment, numbers[-1], tmp_path))
+    assert statuses == [0] * numbers[-1], said
+    events, _ = spool.read(folder(experiment) / "spool.jsonl", most_bytes=1 << 30)
     result = [event for event in events if event["kind"] == "result"][-1]
     assert (result["order_hash"], result["weights_hash"]) == (quiet.order_hash, quiet.weights_hash)
-    sizes_seen = [len(event["pids"]) for event in events if event["kind"] == "workers"]
-    assert sizes_seen == [2, 1, 2]
+    assert [len(event["pids"]) for event in events if event["kind"] == "workers"] == numbers
+    told = [event["step"] for event in events if event["kind"] == "metrics" and "train/lr" in event["metrics"]]
+    assert set(told) == set(range(1, 10 * len(numbers) + 1))
 
 
 @pytest.mark.chaos
