@@ -195,7 +195,7 @@ def test_ctrl_c_tells_how_to_leave_and_leaves_the_job_running(head, here, monkey
     (here / "scalecv-waits.py").write_text("")
     code = (
         "import sys; from scalecv import submit as s\n"
-        "s._entrypoint = lambda argv, here: 'echo begun; sleep 60'\n"
+        "s._entrypoint = lambda argv, here: 'echo begun; sleep 600'\n"
         "sys.exit(s.submit(['schema'], sys.argv[1]))"
     )
     env = {**os.environ, "RAY_AUTH_TOKEN": head.token}
@@ -207,7 +207,7 @@ def test_ctrl_c_tells_how_to_leave_and_leaves_the_job_running(head, here, monkey
     reader.start()
 
     def until(word):
-        ends = time.monotonic() + 60
+        ends = time.monotonic() + 120
         while not any(word in line for line in lines):
             assert time.monotonic() < ends and process.poll() is None, lines
             time.sleep(0.1)

@@ -308,6 +308,6 @@ def ray_reader(dataset: Dataset, groups: Groups, wanted: Iterator[int]) -> Itera
 READERS: dict[str, Reader] = {"threads": threads_reader, "ray": ray_reader}
 
 
-def decode_threads(configured: int | None, ranks_on_node: int) -> int:
-    """Threads that decode in one process: its share of the cores."""
+def threads_per_rank(configured: int | None, ranks_on_node: int) -> int:
+    """Threads of one process, for decoding or for the network: as configured, or its share of the cores."""
     return configured or max(1, (os.cpu_count() or 1) // max(1, ranks_on_node))

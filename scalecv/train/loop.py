@@ -45,6 +45,8 @@ class Setup:
     device: torch.device
     rank: int
     ranks: int
+    threads: int
+    """Threads that this rank's share of the machine is good for; `train.exact` uses a fixed number instead."""
     class_weights: torch.Tensor | None
     metric: str
     """The metric that decides, such as val/accuracy."""
@@ -178,17 +180,11 @@ def _update(setup: Setup, state: State, raw: Batch, counted: int) -> tuple[torch
     """
     train = setup.experiment.train
     batch = to_device(raw, setup.feeds["train"].pixels, setup.device, train.channels_last)
-    rows = len(raw["id"])
     terms: nonfinite.Terms = []
     if train.exact:
-
-        def backward(part: slice, shard: int) -> torch.Tensor:
-            torch.manual_seed(_seed(setup, state.epoch, state.step, shard))
-            return _backward(setup, state, batch, part, 1 / counted, terms)
-
-        total = exact.gradients(state.model, rows, setup.rank, setup.ranks, backward)
+        total = _exact_gradients(setup, state, batch, counted, terms)
     else:
-        total = _backward(setup, state, batch, slice(0, rows), setup.ranks / counted, terms)
+        total = _backward(setup, state, batch, slice(0, len(raw["id"])), setup.ranks / counted, terms)
     state.scaler.unscale_(state.optimizer)
     limit = train.clip_norm if train.clip_norm is not None else float("inf")
     norm = float(torch.nn.utils.clip_grad_norm_(state.model.parameters(), limit))  # the same on all ranks
@@ -199,7 +195,34 @@ def _update(setup: Setup, state: State, raw: Batch, counted: int) -> tuple[torch
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
+    if train.exact and state.updates == 0:
+        _tell_cost(setup, state, batch, counted)
     return total, norm
+
+
+def _exact_gradients(
+    setup: Setup, state: State, batch: dict[str, Any], counted: int, terms: nonfinite.Terms
+) -> torch.Tensor:
+    def backward(part: slice, shard: int) -> torch.Tensor:
+        torch.manual_seed(_seed(setup, state.epoch, state.step, shard))
+        return _backward(setup, state, batch, part, 1 / counted, terms)
+
+    return exact.gradients(state.model, len(batch["valid"]), setup.rank, setup.ranks, backward)
+
+
+def _tell_cost(setup: Setup, state: State, batch: dict[str, Any], counted: int) -> None:
+    """Say what `train.exact` costs, on a batch whose gradients are then thrown away; called on all ranks."""
+    rows = slice(0, len(batch["valid"]))
+    took, plain = exact.cost(
+        state.model,
+        lambda: _exact_gradients(setup, state, batch, counted, []),
+        lambda: _backward(setup, state, batch, rows, 1 / counted, []),
+        setup.threads,
+    )
+    said = f"train.exact=true: the gradients of a batch take {took:.3g} s, without it {plain:.3g} s"
+    times = {"time/exact_gradients_s": took, "time/plain_gradients_s": plain}
+    point = {"kind": "metrics", "step": 1, "time_ms": int(time.time() * 1000), "metrics": times}
+    setup.report([point, {"kind": "progress", "message": f"{said} ({took / plain:.2f} times as long)"}])
 
 
 def _backward(

@@ -12,7 +12,7 @@ from torch import distributed as dist
 
 from scalecv import storage
 from scalecv.artifacts.provenance import worker_facts
-from scalecv.batches.feed import Feed, decode_threads
+from scalecv.batches.feed import Feed, threads_per_rank
 from scalecv.batches.pixels import Pixels, pixels_of
 from scalecv.batches.plan import order_hash
 from scalecv.config import Experiment
@@ -70,9 +70,8 @@ def _work(
     job: Job, place: Place, report: Callable[[list[Event]], None], requests: Requests, watchdog: Watchdog
 ) -> dict[str, Any]:
     experiment = job.experiment
-    cores = os.cpu_count() or 1
-    share = 1 if experiment.train.exact else max(1, cores // place.ranks_on_node)
-    torch.set_num_threads(experiment.train.threads or share)
+    fixed = 1 if experiment.train.exact else None
+    torch.set_num_threads(threads_per_rank(experiment.train.threads or fixed, place.ranks_on_node))
     dataset = open_dataset(experiment.data.uri, job.dataset_version)
     task = TASKS[experiment.task]
     pixels = pixels_of(dataset.manifest, experiment.data, experiment.data.uri)
@@ -129,7 +128,7 @@ def _setup(
             ranks=place.ranks,
             is_training=split == "train",
             window_mb=experiment.data.window_mb,
-            threads=decode_threads(experiment.data.decode_threads, place.ranks_on_node),
+            threads=threads_per_rank(experiment.data.decode_threads, place.ranks_on_node),
             max_bad=experiment.data.max_bad if split == "train" else 0.0,
         )
         for split, rows in manifest.splits.items()
@@ -153,6 +152,7 @@ def _setup(
         device=device,
         rank=place.rank,
         ranks=place.ranks,
+        threads=threads_per_rank(experiment.train.threads, place.ranks_on_node),
         class_weights=weights,
         metric=metric,
         larger_is_better=larger,

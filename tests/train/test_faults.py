@@ -261,6 +261,8 @@ def test_other_numbers_of_workers_on_the_way(shapes, net, tmp_path, numbers):
     assert [len(event["pids"]) for event in events if event["kind"] == "workers"] == numbers
     told = [event["step"] for event in events if event["kind"] == "metrics" and "train/lr" in event["metrics"]]
     assert set(told) == set(range(1, 10 * len(numbers) + 1))
+    costs = [event["message"] for event in events if "without it" in event.get("message", "")]
+    assert len(costs) == 1 and costs[0].startswith("train.exact=true: the gradients of a batch take"), costs
 
 
 @pytest.mark.chaos
