@@ -210,7 +210,7 @@ class Scale(Frozen):
     """Times that the workers are started again after one of them, or its node, was lost."""
     min_workers: int | None = Field(None, ge=1)
     """Fewest workers to go on with while nodes are lost; each number of them must divide train.batch."""
-    hang_after_s: float = Field(300.0, gt=0)
+    hang_after_s: float = Field(600.0, gt=0)
     """Seconds without a step after which the stacks of all workers are saved and they are started again."""
 
 

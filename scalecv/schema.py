@@ -39,6 +39,8 @@ class Batch(TypedDict, total=False):
     """bool [B]; False marks a row that only fills the batch and counts nowhere."""
     id: list[str]
     """Row ids."""
+    path: list[str]
+    """Paths of the images in the source that was ingested."""
     position: "torch.Tensor"
     """int64 [B], place of the row in the global order of the epoch; -1 where not valid."""
 

@@ -94,7 +94,7 @@ def _written(path: str, data: bytes | memoryview) -> Iterator[str]:
     """A durable temporary file beside `path`, removed unless it was moved away; then the folder is made durable."""
     folder = os.path.dirname(path)
     try:
-        os.makedirs(folder, exist_ok=True)
+        _make_folder(folder)
         handle, part = tempfile.mkstemp(dir=folder, prefix=PART)
     except OSError as error:
         raise _failure(path, error, len(data)) from None
@@ -112,6 +112,16 @@ def _written(path: str, data: bytes | memoryview) -> Iterator[str]:
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(part)
+
+
+def _make_folder(folder: str) -> None:
+    """Make a folder and those above it that lack, each name durable."""
+    if folder and not os.path.isdir(folder):
+        above = os.path.dirname(folder)
+        _make_folder(above)
+        with contextlib.suppress(FileExistsError):  # somebody else was faster; a file in its place shows below
+            os.mkdir(folder)
+        _sync_folder(above or ".")
 
 
 def _sync_folder(folder: str) -> None:

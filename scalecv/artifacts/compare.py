@@ -99,6 +99,8 @@ class Comparison:
     weights_equal: bool | None
     parting: Parting | None
     """None: equal wherever both have a point of one meaning."""
+    points: int
+    """How many points both have."""
 
 
 def compare(a: str, b: str, experiment: str = "scalecv", uri: str | None = None) -> Comparison:
@@ -122,6 +124,7 @@ def compare_records(a: Record, b: Record) -> Comparison:
         order_equal=_equal(a, b, "data/order_hash"),
         weights_equal=_equal(a, b, "weights_hash"),
         parting=parting(a, b),
+        points=sum(len(set(values) & set(b.curves.get(curve, {}))) for curve, values in a.curves.items()),
     )
 
 

@@ -105,7 +105,11 @@ def probe(uri: str, timeout_s: float = 5.0) -> str | None:
 def client(uri: str) -> Any:
     """A quiet `MlflowClient`; the first one of a SQLite file creates the tables, one process at a time."""
     mlflow = quiet_mlflow()
+    before = os.environ.get("MLFLOW_TRACKING_URI")
     mlflow.set_tracking_uri(uri)  # logging a model has no other way to learn it
+    os.environ.pop("MLFLOW_TRACKING_URI", None)  # MLflow wrote it there, where the user's own word stood
+    if before is not None:
+        os.environ["MLFLOW_TRACKING_URI"] = before
     file = sqlite_path(uri)
     if file is None:
         return mlflow.MlflowClient(uri)

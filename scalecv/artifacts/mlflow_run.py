@@ -72,6 +72,12 @@ def newest(run: Run) -> dict[str, int]:
     return {m.key: m.step for m in data.metrics}
 
 
+def steps(run: Run, key: str) -> set[int]:
+    """All steps of a metric on the server."""
+    with _spoken():
+        return {point.step for point in run.client.get_metric_history(run.run_id, key)}
+
+
 def reopen(run: Run) -> None:
     """Set a finished run to running again."""
     with _spoken():

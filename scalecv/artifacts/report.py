@@ -1,5 +1,7 @@
 """Pictures and tables of an evaluation, as files on storage."""
 
+import csv
+import io
 from typing import Any
 
 from scalecv import storage
@@ -22,8 +24,7 @@ def draw(task: Task, checked: Evaluation, classes: tuple[str, ...], to: str, spl
     if checked.worst:
         worst = [sample for _, sample in checked.worst]
         images["worst"] = pictures.predictions_png(worst, classes, task.name, f"{split}: highest loss")
-        lines = ["id,loss"] + [f"{sample.id},{loss:.6g}" for loss, sample in checked.worst]
-        files["worst.csv"] = ("\n".join(lines) + "\n").encode()
+        files["worst.csv"] = _worst_csv(checked, classes)
     events: list[Event] = []
     for name, data in {**files, **{f"{key}.png": data for key, data in images.items()}}.items():
         uri = storage.join(to, "pictures", split, name)
@@ -39,3 +40,17 @@ def draw(task: Task, checked: Evaluation, classes: tuple[str, ...], to: str, spl
         for key in images
     ]
     return events
+
+
+def _worst_csv(checked: Evaluation, classes: tuple[str, ...]) -> bytes:
+    """The samples with the highest loss, by path in the source; truth and prediction where they are one class."""
+    out = io.StringIO()
+    table = csv.writer(out, lineterminator="\n")
+    table.writerow(["path", "id", "loss", "truth", "prediction", "probability"])
+    for loss, sample in checked.worst:
+        said: list[object] = ["", "", ""]
+        if sample.truth.ndim == 0:
+            truth, guess = int(sample.truth), int(sample.prediction)
+            said = [classes[truth], classes[guess], f"{float(sample.probability[guess]):.4f}"]
+        table.writerow([sample.path, sample.id, f"{loss:.6g}", *said])
+    return out.getvalue().encode()

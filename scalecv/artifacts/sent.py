@@ -30,7 +30,9 @@ class Sent:
         self.run_id = None
         self.offset = 0
         self.marks: dict[str, int] = {}
-        """Step of each metric's newest point."""
+        """Step of each metric's newest point that was sent from here."""
+        self.there: dict[str, set[int]] = {}
+        """Steps that the server has beyond the marks: of this run on another machine, or answers that were lost."""
         self.pictures: dict[str, int] = {}
         self.deferred: list[spool.Event] = []
 
@@ -39,6 +41,7 @@ class Sent:
         try:
             kept = json.loads(Path(self.path).read_text(encoding="utf-8"))
             if kept["uri"] != self.uri or kept["run_key"] != self.run_key or not kept["run_id"]:
+                self.forget()
                 return
             self.run_id, self.offset, self.deferred = kept["run_id"], kept["offset"], kept["deferred"]
             self.marks = {key: _step(mark) for key, mark in kept["marks"].items()}
@@ -70,7 +73,8 @@ class Sent:
             if isinstance(value, bool | int | float):
                 key = mlflow_run.metric_key(name)
                 if step > self.marks.get(key, -1):
-                    points.append(mlflow_run.Point(key, step, float(value), time_ms))
+                    if step not in self.there.get(key, ()):
+                        points.append(mlflow_run.Point(key, step, float(value), time_ms))
                     self.marks[key] = step
         return points
 

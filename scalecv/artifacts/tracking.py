@@ -187,10 +187,13 @@ class Sender:
                 self._tags,
                 start_ms,
             )
+            newest = mlflow_run.newest(run)
             if self._state.run_id != run.run_id:
                 self._state.forget()
                 self._state.run_id = run.run_id
-                self._state.marks = mlflow_run.newest(run)
+            marks = self._state.marks
+            news = [key for key, step in newest.items() if step > marks.get(key, -1)]
+            self._state.there = {key: mlflow_run.steps(run, key) for key in news}
             self._run = run
             self._save()
         return self._run
@@ -268,17 +271,21 @@ def sync(folder: str | Path, timeout_s: float = 60.0, uri: str | None = None) ->
     Args:
         folder: where to look for files that end in ".sent.json".
         timeout_s: time for each of them.
-        uri: tracking URI; None takes the one each was meant for.
+        uri: tracking URI; None takes the one in use, and SQLite stores that runs name. What waits for another server
+            stays: a file in a folder does not decide who is shown the user's token.
     """
-    done = waiting = 0
+    known, done, waiting = tracking_uri(uri), 0, 0
     for path in sorted(Path(folder).rglob(f"*{STATE_SUFFIX}")):
         try:
             kept = json.loads(path.read_text(encoding="utf-8"))
             points, others = waiting_in(kept["spool"], kept["offset"])
             if not points + others + len(kept["deferred"]):
                 continue
-            known = tracking_uri(uri)
             meant = known if uri or storage.without_secrets(known) == kept["uri"] else kept["uri"]
+            if meant != known and not meant.startswith("sqlite:"):
+                log.warning("%s waits for MLflow at %s: say --uri %s to send it there", path, meant, meant)
+                waiting += 1
+                continue
             about = (kept["experiment"], kept["run_name"], kept["run_key"], kept["tags"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             log.warning("%s is not a sender's state (%s): left alone", path, error)

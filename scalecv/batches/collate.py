@@ -94,6 +94,8 @@ class Row:
     """One encoded row on its way into a batch."""
 
     id: str
+    path: str
+    """In the source."""
     where: str
     image: Any
     mask: Any
@@ -124,7 +126,7 @@ def fill(
     labels = None
     if rows and rows[0].mask is None:
         labels = np.array([numbers[r.label] if r.label is not None else -1 for r in rows], np.int64)
-    return Filling(futures, images, masks, labels, [r.id for r in rows])
+    return Filling(futures, images, masks, labels, [r.id for r in rows], [r.path for r in rows])
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,7 @@ class Filling:
     masks: list[Any]
     labels: np.ndarray | None
     ids: list[str]
+    paths: list[str]
 
     def wait(self) -> Batch:
         """The batch without `valid` and `position`."""
@@ -149,7 +152,7 @@ class Filling:
         out = torch.empty((len(self.images), *first.shape), dtype=first.dtype, memory_format=torch.contiguous_format)
         out = out.to(memory_format=torch.channels_last)
         torch.stack(self.images, out=out)
-        batch: Batch = {"image": out, "id": self.ids}
+        batch: Batch = {"image": out, "id": self.ids, "path": self.paths}
         if self.masks[0] is not None:
             batch["mask"] = torch.stack(self.masks)
         elif self.labels is not None:
@@ -161,7 +164,7 @@ def to_device(batch: Batch, how: Pixels, device: torch.device, channels_last: bo
     """The batch as normalised float32 on the device.
 
     Returns: "image" float32 [B, C, H, W], (x - mean) / std in the units of the files; "label" or "mask" int64; "valid"
-        bool [B]; "id" and "position" unchanged.
+        bool [B]; "id", "path" and "position" unchanged.
     """
     blocking = device.type != "cuda"
     image = batch["image"]

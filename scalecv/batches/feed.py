@@ -230,7 +230,7 @@ class _Columns:
         self.where = f"{dataset.uri}/{group[0].path}, row group {group[1]}"
         flat = {name: table.column(name).combine_chunks() for name in table.column_names}
         self.ids = flat["id"]
-        self.images = flat["image"].field("bytes")
+        self.images, self.paths = flat["image"].field("bytes"), flat["image"].field("path")
         self.masks = flat["mask"].field("bytes") if "mask" in flat and flat["mask"].null_count < len(table) else None
         self.labels = flat.get("label")
         self.nodata = flat.get("nodata")
@@ -239,6 +239,7 @@ class _Columns:
         at %= len(self.ids)  # a stand-in may be shorter
         return Row(
             id=self.ids[at].as_py(),
+            path=self.paths[at].as_py(),
             where=self.where,
             image=self.images[at].as_py(),
             mask=None if self.masks is None else self.masks[at].as_py(),

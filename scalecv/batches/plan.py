@@ -56,9 +56,11 @@ class Plan:
     @cached_property
     def lanes(self) -> int:
         """Equal parts of the epoch that feed each batch side by side; 1 where one window holds everything."""
-        if self.rows < LANES or (self.shuffle and self.rows <= self.window_rows):
-            return 1
-        return math.gcd(self.batch, LANES)
+        return 1 if self._is_one_window else math.gcd(self.batch, LANES)
+
+    @cached_property
+    def _is_one_window(self) -> bool:
+        return self.rows < LANES or (self.shuffle and self.rows <= self.window_rows)
 
     @cached_property
     def steps(self) -> int:
@@ -83,7 +85,7 @@ class Plan:
     def _lane_window(self) -> int:
         """Rows of one window of one lane; a whole number of the lane's share of a batch."""
         share = self.batch // self.lanes
-        return max(1, min(self.window_rows, self.rows) // self.lanes // share) * share if self.lanes > 1 else self.rows
+        return self.rows if self._is_one_window else max(1, self.window_rows // self.lanes // share) * share
 
     def valid_rows(self, step: int) -> int:
         """Rows of a global batch that count: the whole batch but for the last steps of an epoch."""
@@ -119,7 +121,7 @@ class Plan:
 
     def _last_step(self, group: int, rank: int, ranks: int) -> int:
         """The last step in which a rank may need a row group."""
-        if self.lanes == 1:
+        if self._is_one_window:
             return self.steps
         share, local = self.batch // self.lanes, self.batch // ranks
         place = int(self._places[group])

@@ -62,9 +62,12 @@ def _trained(result: Any) -> list[str]:
         for name, value in result.metrics.items()
         if name.split("/")[-1] in ("accuracy", "macro_accuracy", "iou", "f1")
     )
-    first = "was complete already (raise train.epochs, or --new)" if result.was_complete else f"{result.status} after"
+    epochs = f"{result.epochs} epoch{'s' if result.epochs != 1 else ''}"
+    first = f"{result.status} after {epochs}"
+    if result.was_complete:
+        first = f"complete already after {epochs} (a larger train.epochs goes on, --new starts over)"
     return [
-        f"{result.name}: {first} {result.epochs} epochs, best epoch {result.best_epoch}: {scores}",
+        f"{result.name}: {first}, best epoch {result.best_epoch}: {scores}",
         f"bundle    {result.bundle}",
         f"MLflow    run {result.run_id or '(not reached)'} in {result.tracking_uri}: scalecv ui",
     ]

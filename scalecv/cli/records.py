@@ -90,7 +90,7 @@ def _lines(found: Any) -> list[str]:
     """A comparison as text."""
     first = f"{found.first.kind}: {found.first}" if found.first else "none that both runs recorded"
     words = {True: "equal", False: "different", None: "not recorded by both"}
-    parting = "equal at every common point"
+    parting = f"equal at all {found.points} common points" if found.points else "have no point in common"
     if found.parting:
         one = found.parting
         parting = f"part at step {one.step} ({one.curve} {one.a:.9g} and {one.b:.9g})"

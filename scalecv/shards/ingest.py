@@ -53,7 +53,7 @@ def ingest(options: IngestOptions, progress: Callable[[Progress], None] = lambda
     if not plans.totals(collected)[0]:
         raise DataError(_empty(options, collected))
     settings = _settings(options, collected, parent if options.append else None)
-    said = _left_out(collected)
+    said = _left_out(collected) + _grouped(options, collected)
     if options.append and parent is not None:
         held = plans.drop(collected, _held_paths(parent))
         said += [f"{held} images are in the dataset already, by their path"] if held else []
@@ -100,6 +100,22 @@ def list_source(options: IngestOptions) -> Iterator[Found | LeftOut]:
         raise ConfigError(f"--csv {options.csv} goes with --layout csv, not {options.layout}")
     listing = imagefolder if options.layout == "imagefolder" else masks
     return listing(options.source, options.group, options.split_folders)
+
+
+def _grouped(options: IngestOptions, collected: plans.Collected) -> list[str]:
+    """What --group came to.
+
+    Raises: ConfigError: it found no group at all.
+    """
+    if options.group is None:
+        return []
+    groups, without, path = plans.ungrouped(collected)
+    if not groups:
+        raise ConfigError(
+            f"--group {options.group} is found in no path, such as {path}: nothing would be kept together"
+        )
+    alone = f"; {without} images have none, such as {path}, and may be torn apart" if without else ""
+    return [f"{groups} groups by --group{alone}"]
 
 
 @dataclass(frozen=True)

@@ -234,6 +234,16 @@ def totals(plan: Collected) -> tuple[int, int]:
 
 
 @_disk()
+def ungrouped(plan: Collected) -> tuple[int, int, str]:
+    """Groups, rows without one, and the path of one of these rows."""
+    groups = plan.table.execute("SELECT count(DISTINCT grp) FROM rows").fetchone()[0]
+    without, path = plan.table.execute(
+        "SELECT count(*), coalesce(min(path), '') FROM rows WHERE grp IS NULL"
+    ).fetchone()
+    return int(groups), int(without), str(path)
+
+
+@_disk()
 def identity(plan: Collected, settings: UnitSettings, unit_mb: int) -> tuple[str, str]:
     """Hashes of all that makes the dataset: as the store's etags tell it, and by paths and sizes alone."""
     shape = replace(settings, source="")

@@ -66,7 +66,7 @@ def grouping(pattern: str | None) -> Callable[[str], str | None]:
     except re.error as error:
         raise ConfigError(f"--group {pattern!r} is not a regular expression: {error}") from None
     if not compiled.groups:
-        raise ConfigError(f"--group {pattern!r} captures nothing: put the group's part in brackets, as in '/(\\d+)_'")
+        raise ConfigError(f"--group {pattern} captures nothing: put the group's part in brackets, as in '/(\\d+)_'")
 
     def group(path: str) -> str | None:
         match = compiled.search(path)

@@ -24,7 +24,9 @@ def imagefolder(
     tops = storage.list_names(uri)
     has_splits = any(split_named(name, split_folders or {}) for name in tops)
     others = [name for name in tops if not split_named(name, split_folders or {}) and "." not in name]
+    filled: set[str] = set()
     for entry in storage.list_entries(uri):
+        filled.update("/".join(entry.path.split("/")[:depth]) for depth in (1, 2))
         if not is_image(entry.path):
             yield LeftOut(entry.path, "not an image by its name")
             continue
@@ -51,3 +53,8 @@ def imagefolder(
             group=group_of("/" + entry.path),
             split=split,
         )
+    if storage.is_local(uri):  # an object store knows no folder without objects
+        above = [top for top in tops if split_named(top, split_folders or {})] if has_splits else [""]
+        for folder in (f"{top}/{name}".lstrip("/") for top in above for name in storage.list_names(f"{uri}/{top}")):
+            if folder not in filled and "." not in folder:
+                yield LeftOut(f"{folder}/", "an empty folder")

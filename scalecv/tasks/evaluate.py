@@ -104,6 +104,7 @@ def _keep(
             prediction=prediction[at].numpy(),
             probability=probability[at].numpy(),
             id=raw["id"][at],
+            path=raw["path"][at],
         )
         if at in fixed:
             out.first.append(sample)

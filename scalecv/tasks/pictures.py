@@ -54,6 +54,8 @@ class Sample:
     """float32 [K] or [K, H, W]."""
     id: str
     """Row id."""
+    path: str = ""
+    """Of the image in the source."""
 
 
 def to_rgb(image: NDArray[Any], low: float = 2.0, high: float = 98.0) -> Pixels:

@@ -80,6 +80,8 @@ def complete(run: str) -> tuple[list[Checkpoint], list[str]]:
             found.append(Checkpoint(uri, manifest["updates"], manifest["metric"], manifest["parts"]))
         else:
             skipped.append(f"{uri}: its manifest is damaged")
+    # After the last step of an epoch there may be two: the one with a metric has the validation behind it.
+    found.sort(key=lambda one: (one.updates, one.metric is not None), reverse=True)
     return found, skipped
 
 
@@ -193,3 +195,7 @@ def unpack_optimizer(optimizer: "torch.optim.Optimizer", data: bytes) -> None:
         number, _, key = name.partition(".")
         state.setdefault(int(number), {})[key] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for parameter, values in optimizer.state.items():
+        for key, value in values.items():
+            if getattr(value, "shape", None) == parameter.shape and value.stride() != parameter.stride():
+                values[key] = value.new_empty(0).set_(torch.empty_like(parameter, dtype=value.dtype)).copy_(value)

@@ -8,12 +8,14 @@ forward pass, a fixed number of threads (one, unless train.threads says otherwis
 instead of reduced.
 """
 
+import os
 import time
 from collections.abc import Callable
 
 import torch
 from torch import distributed as dist
 
+from scalecv.errors import ConfigError
 from scalecv.train.checks import SHARDS
 
 
@@ -46,6 +48,26 @@ def gradients(
     for parameter, gradient in zip(parameters, torch.split(whole, [p.numel() for p in parameters]), strict=True):
         parameter.grad = gradient.view_as(parameter).clone()
     return total
+
+
+def check(model: torch.nn.Module) -> None:
+    """Refuse a network that `model.norm` could not rid of batch statistics.
+
+    Raises: ConfigError: with the names of such layers.
+    """
+    found = [name for name, layer in model.named_modules() if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm)]
+    if found:
+        raise ConfigError(
+            f"train.exact=true: {len(found)} layers learn from the statistics of a batch, such as {found[0]} "
+            f"({type(model.get_submodule(found[0])).__name__}); model.norm cannot replace them, take another network"
+        )
+
+
+def use_fixed_kernels(device: str) -> None:
+    """Have CUDA take kernels that always add in one order; one that has none is an error of torch that names it."""
+    if device.startswith("cuda"):
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
 
 
 def cost(

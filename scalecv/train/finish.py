@@ -16,6 +16,7 @@ from scalecv.train import checkpoint, loop
 from scalecv.train.job import Job
 from scalecv.train.loop import Event, Setup, State
 from scalecv.train.saving import facts_of, from_rank_0, now_ms
+from scalecv.train.writer import on_host
 
 
 def finish(setup: Setup, state: State, job: Job, dataset: Dataset, pixels: Pixels) -> dict[str, Any]:
@@ -49,7 +50,7 @@ def finish(setup: Setup, state: State, job: Job, dataset: Dataset, pixels: Pixel
     size = pixels.size_px
     shape = (pixels.channels, size or dataset.manifest.sizes_px[1], size or dataset.manifest.sizes_px[0])
     told = facts_of(job, dataset, pixels, state) | {"metrics": metrics, "epoch": best_epoch}
-    parts = bundle.parts(state.model.state_dict(), **told)
+    parts = bundle.parts(on_host(state.model.state_dict()), **told)
     uri = storage.join(job.run, "bundles", f"{state.updates:08d}-{json.loads(parts[bundle.FACTS])['weights_hash'][:8]}")
     if setup.rank == 0:
         storage.put(storage.join(uri, bundle.WEIGHTS), parts[bundle.WEIGHTS])

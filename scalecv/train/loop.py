@@ -145,7 +145,7 @@ def _one_epoch(setup: Setup, state: State, batches: Epoch) -> dict[str, float]:
             setup.watchdog.tick()
             setup.saver.check()
             asked = setup.requests.end()
-            if (step + 1) % track.log_every == 0 or is_last:
+            if (step + 1) % track.log_every == 0 or is_last or state.updates == 1:
                 meter.tell(state, lr, norm)
             _heed(setup, state, asked, meter)
     return meter.of_epoch(state)

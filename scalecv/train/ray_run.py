@@ -161,6 +161,7 @@ def _in_thread(fit: Callable[[], Any]) -> None:
 def _rank(config: dict[str, Any]) -> None:
     """What Ray Train calls in each worker."""
     from ray.train.torch import get_device
+    from torch import distributed as dist
 
     from scalecv.train.requests import Leaves
     from scalecv.train.worker import work
@@ -185,7 +186,7 @@ def _rank(config: dict[str, Any]) -> None:
     except (ScalecvError, Leaves):
         raise
     except Exception as error:
-        if any(word in str(error).lower() for word in LOST):
+        if isinstance(error, dist.DistError) or any(word in str(error).lower() for word in LOST):
             raise  # another rank is gone; Ray starts all of them again
         said = f"rank {place.rank}: {type(error).__name__}: {error}\n{traceback.format_exc()}"
         raise WorkerBug(redact.clean(said)) from None

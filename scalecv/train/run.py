@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import signal
 import threading
@@ -224,6 +225,10 @@ def _run_workers(
         _run_here(experiment, run, path, reader, stop)
         return
     scale, allowed = experiment.scale, sizes(experiment)
+    rows = manifest.splits["train"]
+    steps = math.ceil(rows / experiment.train.batch)
+    message = f"{rows:,} rows, about {steps:,} steps in an epoch; Ray and {scale.workers} workers start"
+    spool.append(path, {"kind": "progress", "message": message})
     with runtime.fast_imports():
         runtime.connect(code_dirs=code_dirs)
         cpus, gpus = runtime.resources()
@@ -273,10 +278,15 @@ def _heard(path: Path, begin: int, hear: Callable[[Event], None]) -> Iterator[No
     """Pass on what is written to the spool, as it comes."""
     tail, ended = spool.Tail(path, begin), threading.Event()
 
+    def pass_on() -> None:
+        while events := tail.new():
+            for event in events:
+                with contextlib.suppress(OSError):  # nobody looks any more, the run goes on
+                    hear(event)
+
     def listen() -> None:
         while not ended.wait(0.2):
-            for event in tail.new():
-                hear(event)
+            pass_on()
 
     thread = threading.Thread(target=listen, name="display", daemon=True)
     thread.start()
@@ -285,8 +295,7 @@ def _heard(path: Path, begin: int, hear: Callable[[Event], None]) -> Iterator[No
     finally:
         ended.set()
         thread.join()
-        for event in tail.new():
-            hear(event)
+        pass_on()
 
 
 @contextlib.contextmanager

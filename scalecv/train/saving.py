@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import distributed as dist
 
 from scalecv import storage
@@ -88,7 +89,8 @@ class Saver:
         """Copy the state; what is returned writes the copy as a checkpoint."""
         facts = self.about(state)
         weights, optimizer = on_host(state.model.state_dict()), on_host(state.optimizer.state_dict())
-        resume, updates = json.dumps(state.to_json()).encode(), state.updates
+        told = {**state.to_json(), "ranks": ranks_now(), "threads": torch.get_num_threads()}
+        resume, updates = json.dumps(told).encode(), state.updates
 
         def write() -> None:
             began = time.perf_counter()
@@ -110,8 +112,16 @@ class Saver:
         return write
 
 
-def restore(state: "State", parts: dict[str, bytes], rank: int) -> None:
-    """Go on from a checkpoint's parts; the sum over all ranks stays with rank 0."""
+def restore(state: "State", parts: dict[str, bytes], rank: int, *, keep_threads: bool = False) -> None:
+    """Go on from a checkpoint's parts; the sum over all ranks stays with rank 0.
+
+    Args:
+        state: of a network that was built the same way.
+        parts: as written.
+        rank: this rank.
+        keep_threads: whether to compute with as many threads as before where there are as many ranks as before: another
+            number rounds otherwise.
+    """
     from safetensors.torch import load
 
     state.model.load_state_dict(load(parts[bundle.WEIGHTS]))
@@ -122,8 +132,15 @@ def restore(state: "State", parts: dict[str, bytes], rank: int) -> None:
     state.order_total = int(told["order_total"], 16) if rank == 0 else 0
     state.progress = Progress(**told["progress"])
     state.history, state.recent = told["history"], told["recent"]
+    if keep_threads and told.get("ranks") == ranks_now():
+        torch.set_num_threads(told["threads"])
     if told["scaler"]:
         state.scaler.load_state_dict(told["scaler"])
+
+
+def ranks_now() -> int:
+    """How many ranks there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def from_rank_0(choose: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:

@@ -22,7 +22,7 @@ from scalecv.models.losses import balanced_weights
 from scalecv.shards.store import Dataset, open_dataset
 from scalecv.tasks import TASKS
 from scalecv.tasks.task import Task
-from scalecv.train import checkpoint, loop
+from scalecv.train import checkpoint, exact, loop
 from scalecv.train.finish import finish
 from scalecv.train.job import Job, Place
 from scalecv.train.loop import Event, Setup, State
@@ -72,6 +72,8 @@ def _work(
     experiment = job.experiment
     fixed = 1 if experiment.train.exact else None
     torch.set_num_threads(threads_per_rank(experiment.train.threads or fixed, place.ranks_on_node))
+    if experiment.train.exact:
+        exact.use_fixed_kernels(place.device)
     dataset = open_dataset(experiment.data.uri, job.dataset_version)
     task = TASKS[experiment.task]
     pixels = pixels_of(dataset.manifest, experiment.data, experiment.data.uri)
@@ -181,6 +183,8 @@ def _start(setup: Setup, job: Job, place: Place, pixels: Pixels) -> tuple[State,
         weights=experiment.model.weights,
         allow_import=job.allow_import,
     ).to(setup.device)
+    if train.exact:
+        exact.check(model)
     if train.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if train.precision == "fp16" and setup.device.type == "cpu":
@@ -196,12 +200,16 @@ def _start(setup: Setup, job: Job, place: Place, pixels: Pixels) -> tuple[State,
         hangs = storage.list_names(storage.join(job.run, "stacks"))
         notes += [f"a process of this run hung before; its stacks are in {job.run}/stacks"] if hangs else []
     if found:
-        restore(state, parts or checkpoint.read(found), place.rank)
-        notes.append(f"goes on from epoch {state.epoch}, step {state.step} ({found.uri})")
+        restore(state, parts or checkpoint.read(found), place.rank, keep_threads=not (train.threads or train.exact))
+        notes.append(f"goes on in epoch {state.epoch + 1} after step {state.step} ({found.uri})")
     network: torch.nn.Module = model
     if place.ranks > 1 and not train.exact:
         ids = [setup.device.index or 0] if setup.device.type == "cuda" else None
-        network = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+        # DDP cuts its buckets anew after the first step of a process, unless it looks for unused parameters. Three and
+        # more ranks add in an order that depends on the buckets: a run that went on would round otherwise there.
+        network = torch.nn.parallel.DistributedDataParallel(
+            model, device_ids=ids, gradient_as_bucket_view=True, find_unused_parameters=place.ranks > 2
+        )
     state.network = torch.compile(network) if train.compile else network  # type: ignore[assignment]
     return state, notes
 

@@ -27,7 +27,7 @@ def test_the_first_difference_is_named_and_all_are_listed(shapes, tmp_path):
         "experiment", "data.augment.hflip", "0.5", "0.0")  # fmt: skip
     assert [d.key for d in found.differences] == ["data.augment.hflip", "train.lr"], "not its name, nor its pictures"
     assert found.order_equal is True and found.weights_equal is False
-    assert found.parting.step == 2 and found.parting.curve == "train/batch_loss"
+    assert found.parting.step == 1 and found.parting.curve == "train/batch_loss"
     assert {"test/accuracy", "best/val/accuracy"} <= set(found.metrics)
     assert not any(name.startswith(("system/", "time/")) for name in found.metrics)
 

@@ -328,27 +328,27 @@ class CutAnswers:
 @pytest.mark.e2e
 @pytest.mark.parametrize("store", ["mlflow_server", pytest.param("mlflow_on_postgresql", marks=pytest.mark.chaos)])
 def test_answers_lost_then_the_server_killed_and_back(run, store, tmp_path, monkeypatch, request):
-    mlflow_server = request.getfixturevalue(store)
+    server = request.getfixturevalue(store)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setattr(tracking, "PAUSE_S", 0.1)
-    proxy = CutAnswers(mlflow_server.port)
+    proxy = CutAnswers(server.port)
     sender, path = run(uri=f"http://127.0.0.1:{proxy.port}", name="lossy")
     for begin in range(0, 3000, 600):
         metrics(path, range(begin, begin + 600))
         time.sleep(0.3)
     spool.append(path, {"kind": "image", "uri": png(tmp_path / "p.png"), "key": "k", "step": 1})
-    mlflow_server.kill()
+    server.kill()
     metrics(path, range(3000, 3500))
     time.sleep(1)
-    mlflow_server.start()
+    server.start()
     spool.append(path, {"kind": "end", "status": "FINISHED"})
     assert sender.close(120), sender.waiting()
-    ml = client(mlflow_server.uri)
+    ml = client(server.uri)
     found = ml.search_runs([ml.get_experiment_by_name("tests").experiment_id], "attributes.run_name = 'lossy'")
     assert [r.info.run_id for r in found] == [sender.run_id] and found[0].info.status == "FINISHED"
-    assert [step for step, _ in history(mlflow_server.uri, sender.run_id)] == list(range(3500))
+    assert [step for step, _ in history(server.uri, sender.run_id)] == list(range(3500))
     assert len(ml.list_artifacts(sender.run_id, "images")) == 2
-    assert proxy.count > 15 and tracking.probe(mlflow_server.uri) is None
+    assert proxy.count > 15 and tracking.probe(server.uri) is None
 
 
 @pytest.mark.e2e
@@ -363,6 +363,48 @@ def test_another_process_sends_later_what_waits(run, mlflow_server, tmp_path):  
     found = ml.search_runs([ml.get_experiment_by_name("tests").experiment_id], "metrics.`train/loss` > 0")
     mine = [r for r in found if r.data.tags["scalecv.run_key"].endswith("later")]
     assert len(mine) == 1 and len(history(mlflow_server.uri, mine[0].info.run_id)) == 20
+
+
+def test_another_machine_has_sent_a_part_and_each_point_is_there_once(tmp_path, store):
+    """Points of a machine that is lost come later than those of the one that went on, gaps and all."""
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    metrics(first, range(10))
+    metrics(second, range(4, 12))
+    for path in (second, first):
+        sender = tracking.Sender(path, f"{path}.sent.json", store, "tests", "moved", f"{tmp_path}-moved")
+        assert sender.close(30)
+    assert sorted(step for step, _ in history(store, sender.run_id)) == list(range(12))
+
+
+def test_an_answer_that_is_lost_when_a_run_is_found_again_doubles_nothing(run, store, tmp_path, monkeypatch):
+    sender, path = run("found")
+    metrics(path, range(10))
+    assert sender.close(30)
+    (tmp_path / "spool.sent.json").unlink()
+    asked, newest = [], tracking.mlflow_run.newest
+
+    def fails_once(one):
+        asked.append(one)
+        if len(asked) == 1:
+            raise ConnectionError("the answer was lost")
+        return newest(one)
+
+    monkeypatch.setattr(tracking.mlflow_run, "newest", fails_once)
+    monkeypatch.setattr(tracking, "PAUSE_S", 0.1)
+    later, _ = run("found")
+    metrics(path, range(8, 14))
+    assert later.close(30) and len(asked) == 2
+    assert [step for step, _ in history(store, later.run_id)] == list(range(14))
+
+
+def test_a_file_in_a_folder_does_not_choose_the_server(run, tmp_path, store, monkeypatch, caplog):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    dead = f"http://127.0.0.1:{free_port()}"
+    sender, path = run("planted", uri=dead)
+    metrics(path, range(3))
+    assert not sender.close(0.5)
+    assert tracking.sync(tmp_path, 1) == (0, 1)
+    assert f"say --uri {dead} to send it there" in caplog.text
 
 
 # ---- looking back

@@ -32,7 +32,7 @@ def walk(plan: Plan, ranks: int, start: int = 0) -> list[tuple[int, int, int]]:
 @given(
     rows=st.integers(1, 700),
     size=st.integers(1, 60),
-    batch=st.sampled_from([4, 12, 16, 48, 64]),
+    batch=st.sampled_from([4, 12, 16, 48, 64, 36, 100]),
     window=st.integers(1, 900),
     shuffle=st.booleans(),
 )
@@ -43,6 +43,18 @@ def test_every_row_once_and_the_same_for_any_number_of_ranks(rows, size, batch, 
     assert sum(plan.valid_rows(step) for step in range(plan.steps)) == rows
     for ranks in (2, 4):
         assert walk(plan, ranks) == once
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("batch", [64, 50, 33, 25])
+def test_a_batch_of_any_size_holds_a_window_and_not_the_split(batch, shuffle):
+    plan = Plan(groups_of(20_000, 50), batch, "key", shuffle, 2_000)
+    held, most = 0, 0
+    for _, fetch, drop in plan.reads():
+        held += len(fetch)
+        most = max(most, held)
+        held -= len(drop)
+    assert most <= 2 * 2_000 // 50, "of 400"
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

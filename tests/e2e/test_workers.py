@@ -67,7 +67,7 @@ if self.calls == 12 and rank == 1 and not os.path.exists(marker):
     keys = {"train__exact": True, **write_net(tmp_path, "killer", act), "model__args": {"marker": str(marker)}}
     lost = train(shapes(name="lost", scale__workers=2, **keys), code_dirs=(str(tmp_path),), tell=told.append)
     assert marker.exists()
-    assert any("goes on from epoch" in e.get("message", "") for e in told)
+    assert any("goes on in epoch" in e.get("message", "") for e in told)
     sys.path.append(str(tmp_path))
     quiet = train(shapes(name="quiet", scale__workers=0, **keys))
     assert (lost.order_hash, lost.weights_hash) == (quiet.order_hash, quiet.weights_hash)

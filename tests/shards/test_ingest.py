@@ -239,10 +239,25 @@ def test_options_that_cannot_be_are_refused(source, tmp_path):
         ("--mask-values goes with masks", ConfigError, {"mask_values": (0, 1)}),
         ("--split 5: expected shares", ConfigError, {"split": "5"}),
         ("captures nothing", ConfigError, {"group": "x"}),
+        ("found in no path, such as class0/", ConfigError, {"group": r"track(\d+)"}),
         ("has the label class2, --classes names class0, class1", DataError, {"classes": ("class0", "class1")}),
     ):
         with pytest.raises(error, match=said):
             run(source, more.pop("to", tmp_path / "ds"), **more)
+
+
+def test_groups_are_counted_and_what_has_none_is_told(source, tmp_path):
+    done = run(source, tmp_path / "ds", group=r"class0/.*(\d)\.png$")
+    (said,) = [w for w in done.warnings if "groups by --group" in w]
+    assert "images have none, such as class1/" in said
+
+
+def test_an_empty_class_folder_is_told(source, tmp_path):
+    (tmp_path / "copy").mkdir()
+    shutil.copytree(source, tmp_path / "copy", dirs_exist_ok=True)
+    (tmp_path / "copy" / "class9").mkdir()
+    done = run(tmp_path / "copy", tmp_path / "ds")
+    assert any("an empty folder), such as class9/" in w for w in done.warnings), done.warnings
 
 
 def test_declared_classes_keep_their_order(source, tmp_path):

@@ -28,6 +28,14 @@ def test_newest_and_best(tmp_path):
     assert checkpoint.best(every, larger_is_better=False).updates == 10
 
 
+def test_of_two_after_one_step_the_validated_one_is_newest(tmp_path):
+    run = str(tmp_path)
+    for number in range(20):
+        checkpoint.save(run, {"a.json": b"%d" % number}, 5, None)
+    scored = checkpoint.save(run, {"a.json": b"scored"}, 5, 0.5)
+    assert checkpoint.complete(run)[0][0].uri == scored.uri
+
+
 def test_collect_keeps_the_newest_and_the_best(tmp_path):
     for updates, metric in ((10, 0.9), (20, 0.5), (30, 0.7), (40, 0.6)):
         checkpoint.save(str(tmp_path), {**PARTS, "n": str(updates).encode()}, updates, metric)

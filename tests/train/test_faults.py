@@ -101,7 +101,7 @@ def test_killed_after_a_checkpoint_within_an_epoch_it_ends_as_if_it_had_not_been
     assert any(step for _, step in saved(experiment).values()), "one within an epoch"
     told = []
     rest = train(experiment, tell=told.append)
-    assert any("goes on from epoch" in event.get("message", "") for event in told)
+    assert any("goes on in epoch" in event.get("message", "") for event in told)
     assert (rest.weights_hash, rest.order_hash) == (quiet.weights_hash, quiet.order_hash)
     losses = [[row["train/loss"] for row in history(result)] for result in (rest, quiet)]
     assert losses[0] == losses[1] and len(losses[0]) == 4
@@ -263,6 +263,51 @@ def test_other_numbers_of_workers_on_the_way(shapes, net, tmp_path, numbers):
     assert set(told) == set(range(1, 10 * len(numbers) + 1))
     costs = [event["message"] for event in events if "without it" in event.get("message", "")]
     assert len(costs) == 1 and costs[0].startswith("train.exact=true: the gradients of a batch take"), costs
+
+
+@pytest.mark.chaos
+def test_three_workers_go_on_with_the_same_weights(shapes, tmp_path):
+    """Three ranks add in an order that depends on how DDP cuts its buckets, which a new process may do otherwise."""
+    keys = {"train__batch": 12, "train__epochs": 3, "scale__workers": 3, "track__log_every": 1}
+    quiet = shapes(name="quiet", **keys)
+    assert ranks.ended(ranks.start(quiet, 3, tmp_path))[0] == [0] * 3
+    experiment = shapes(name="stopped", **keys)
+    three = ranks.start(experiment, 3, tmp_path)
+    wait_for(experiment, 3)
+    three[1].send_signal(signal.SIGTERM)
+    assert ranks.ended(three)[0] == [ranks.LEFT] * 3
+    assert max(saved(experiment)) < 15
+    assert ranks.ended(ranks.start(experiment, 3, tmp_path))[0] == [0] * 3
+
+    def result(one):
+        events, _ = spool.read(folder(one) / "spool.jsonl", most_bytes=1 << 30)
+        told = [event for event in events if event["kind"] == "result"][-1]
+        return told["order_hash"], told["weights_hash"]
+
+    assert result(experiment) == result(quiet)
+
+
+def test_batch_statistics_that_no_norm_replaces_are_refused(shapes, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    keys = write_net(tmp_path, "flat", "pass")
+    source = (tmp_path / "flat.py").read_text()
+    (tmp_path / "flat.py").write_text(source.replace("nn.Flatten(),", "nn.Flatten(), nn.BatchNorm1d(8),"))
+    with pytest.raises(ConfigError, match=r"train.exact=true: 1 layers .* such as body.5 \(BatchNorm1d\)"):
+        train(shapes(name="flat", **EXACT, **keys))
+
+
+def test_a_terminal_that_is_gone_ends_nothing(shapes, net):
+    def tell(event):
+        raise BrokenPipeError
+
+    assert train(shapes(name="gone", **net("still", "pass")), tell=tell).status == "finished"
+
+
+def test_tied_weights_reach_the_bundle(shapes, net, tmp_path):
+    keys = net("tied", "pass")
+    source = (tmp_path / "tied.py").read_text()
+    (tmp_path / "tied.py").write_text(source.replace("self.calls = 0", "self.calls = 0; self.same = self.body[0]"))
+    assert train(shapes(name="tied", **keys)).status == "finished"
 
 
 @pytest.mark.chaos

@@ -137,7 +137,7 @@ def test_killed_it_ends_as_if_it_had_not_been(shapes, tmp_path):
     )
     told = []
     rest = train(experiment, tell=told.append)
-    assert any("goes on from epoch" in e.get("message", "") for e in told)
+    assert any("goes on in epoch" in e.get("message", "") for e in told)
     assert (rest.weights_hash, rest.order_hash) == (quiet.weights_hash, quiet.order_hash)
     client, _ = mlflow_run(rest)
     from mlflow.entities import ViewType
