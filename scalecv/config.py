@@ -125,7 +125,8 @@ class Loss(Frozen):
     """A weighted sum of named terms on logits; each term is averaged over the valid samples of the global batch."""
 
     cross_entropy: float = Field(0.0, ge=0)
-    """Weight of cross-entropy over classes (per pixel for segmentation)."""
+    """Weight of cross-entropy over classes (per pixel for segmentation). Where no term has a weight, classify takes it
+    alone, and segment bce (two classes) or cross_entropy, and dice."""
     bce: float = Field(0.0, ge=0)
     """Weight of binary cross-entropy per pixel (two classes)."""
     dice: float = Field(0.0, ge=0)
@@ -462,8 +463,28 @@ def _explain(where: str, problem: Any) -> str:
     return f"{where}: {key}={found!r}: {said}"
 
 
+ELSEWHERE = {
+    "learning_rate": "train.lr",
+    "batch_size": "train.batch",
+    "max_epochs": "train.epochs",
+    "num_epochs": "train.epochs",
+    "num_workers": "scale.workers",
+    "amp": "train.precision",
+    "accumulate_grad_batches": "train.micro_batch",
+    "image_size": "data.size_px",
+    "img_size": "data.size_px",
+    "imgsz": "data.size_px",
+    "backbone": "model.encoder",
+    "pretrained": "model.weights",
+    "dataset": "data.uri",
+}
+"""What keys are called in other tools."""
+
+
 def _near_key(path: list[str]) -> str:
     known = _keys(Experiment)
+    if path[-1] in ELSEWHERE:
+        return f"; did you mean '{ELSEWHERE[path[-1]]}'?"
     siblings = [k for k in known if k.rpartition(".")[0] == ".".join(path[:-1])]
     same = nearest(path[-1], [k.rpartition(".")[2] for k in siblings])
     if same:

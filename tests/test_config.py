@@ -31,6 +31,7 @@ def test_defaults_and_overrides():
 @pytest.mark.parametrize(
     ("override", "words"),
     [
+        ({"train.learning_rate": 3}, ["unknown key 'train.learning_rate'; did you mean 'train.lr'"]),
         ({"train.batchs": 3}, ["unknown key 'train.batchs'", "did you mean 'train.batch'"]),
         ({"train.weights": 3}, ["unknown key 'train.weights'"]),
         ({"lr": 3}, ["unknown key 'lr'", "train.lr"]),

@@ -6,6 +6,7 @@ float32, and normalising there costs next to nothing.
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -171,12 +172,24 @@ def to_device(batch: Batch, how: Pixels, device: torch.device, channels_last: bo
     if not blocking:
         image = image.pin_memory()
     image = image.to(device, non_blocking=not blocking)
-    mean = torch.tensor(how.mean, dtype=torch.float32, device=device).view(1, -1, 1, 1)
-    scale = 1 / torch.tensor(how.std, dtype=torch.float32, device=device).view(1, -1, 1, 1)
+    mean, scale = _mean_and_scale(how.mean, how.std, device)
     image = image.to(torch.float32).sub_(mean).mul_(scale)
     out: dict[str, Any] = dict(batch)
     out["image"] = image if channels_last else image.contiguous()
     for key in ("label", "mask", "valid"):
         if key in batch:
-            out[key] = batch[key].to(device, non_blocking=not blocking)
+            value = batch[key] if blocking else batch[key].pin_memory()
+            out[key] = value.to(device, non_blocking=not blocking)
     return out
+
+
+@lru_cache(maxsize=8)
+def _mean_and_scale(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float32 [1, C, 1, 1] each, sent to the device once and not with each batch."""
+    shape = (1, -1, 1, 1)
+    return (
+        torch.tensor(mean, dtype=torch.float32, device=device).view(shape),
+        1 / torch.tensor(std, dtype=torch.float32, device=device).view(shape),
+    )

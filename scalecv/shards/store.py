@@ -267,7 +267,7 @@ def _nothing_there(uri: str) -> str:
         near = nearest(name, storage.list_names(above, limit=1000)) if above and not above.endswith(":/") else ""
     except StorageDenied:
         near = ""
-    return f"no dataset at {where}{near}: make one with scalecv ingest SOURCE --to {where}"
+    return f"no dataset at {where}{near}{'' if near else ':'} make one with scalecv ingest SOURCE --to {where}"
 
 
 def _said(error: Exception) -> str:

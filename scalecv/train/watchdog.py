@@ -73,7 +73,8 @@ class Watchdog:
         saving = threading.Thread(target=_save_stacks, args=(uri,), daemon=True)
         saving.start()
         saving.join(STORE_S)
-        time.sleep(LINGER_S)
+        if self.ended.wait(LINGER_S):
+            return  # it moved after all, and came to its end
         where = storage.without_secrets(uri)
         self.end(
             f"{self.name} did not move for {self.after_s:g} s (scale.hang_after_s): the stacks of its threads are in "

@@ -42,7 +42,7 @@ def test_the_first_difference_is_named_and_all_are_listed(shapes, tmp_path):
     done = CliRunner().invoke(app, ["compare", "one", "two"])
     assert done.exit_code == 0
     assert "first difference of the inputs: experiment: data.augment.hflip 0.5 → 0.0" in done.stdout
-    assert "order of rows  equal\nweights        different\ncurves         part at step 2 " in done.stdout
+    assert "order of rows  equal\nweights        different\ncurves         part at step 1 " in done.stdout
     with pytest.raises(UserError, match=r"no run named 'thre' .*did you mean 'three'"):
         compare("one", "thre")
     with pytest.raises(UserError, match=r"no MLflow experiment 'scalevc'; did you mean 'scalecv'"):

@@ -152,7 +152,7 @@ def test_one_that_dies_again_and_again_comes_to_the_end(monkeypatch, store, tmp_
     """Each life ends a few steps after it began, until one is long enough."""
     monkeypatch.setattr(tracking, "PAUSE_S", 0.01)
     lives = 0
-    while not send_until_dead(monkeypatch, store, tmp_path / "again", "again", Fuse(9 + lives)):
+    while not send_until_dead(monkeypatch, store, tmp_path / "again", "again", Fuse(9 + 5 * lives)):
         lives += 1
         assert lives < 40
     check_run(store, "again")

@@ -60,7 +60,7 @@ def test_a_killed_worker_is_started_again_and_the_weights_are_those_of_one_proce
     With `train.exact` the end is, bit for bit, that of an undisturbed run in one process (AdamW, where DDP differs).
     """
     act = """
-if self.calls == 12 and rank == 1 and not os.path.exists(marker):
+if self.calls == 18 and rank == 1 and not os.path.exists(marker):
     open(marker, "w").close(); os.kill(os.getpid(), signal.SIGKILL)
 """
     marker, told = tmp_path / "marker", []

@@ -197,9 +197,9 @@ def test_a_process_that_hangs_saves_its_stacks_and_ends(shapes, net, tmp_path):
             "        time.sleep(1000)\n"
         )
     keys["model__args"] = {"marker": str(tmp_path / "marker")}
-    experiment = shapes(name="hanging", scale__hang_after_s=2, track__checkpoint_steps=1, **keys)
+    experiment = shapes(name="hanging", scale__hang_after_s=4, track__checkpoint_steps=1, **keys)
     ended = in_a_process(experiment, tmp_path, HANGS)
-    assert ended.returncode == 1 and "rank0 did not move for 2 s (scale.hang_after_s)" in ended.stderr
+    assert ended.returncode == 1 and "rank0 did not move for 4 s (scale.hang_after_s)" in ended.stderr
     (stacks,) = (folder(experiment) / "stacks").iterdir()
     assert "in hang" in stacks.read_text() and "_watch" in stacks.read_text()
     told = []
