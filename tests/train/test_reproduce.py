@@ -107,8 +107,8 @@ def test_changed_code_is_said_before_the_run_and_is_the_reason(shapes, tmp_path,
     said = [e["message"] for e in told if "message" in e]
     assert said[0].startswith("code differs from the record: git changes none → ") and "ournet.py" in said[0]
     assert result.because == "code" and result.order_hash == first.order_hash
-    assert result.first_step == 2, "the first point of the curve"
-    assert "first at step 2 (train/batch_loss " in result.reason
+    assert result.first_step == 1, "the first point of the curve"
+    assert "first at step 1 (train/batch_loss " in result.reason
     assert "because of code: git changes none → " in result.reason
 
 
