@@ -30,7 +30,7 @@ import sys, time, torch, torch.distributed as dist
 from scalecv.train.requests import Requests
 rank, ranks = int(sys.argv[1]), int(sys.argv[3])
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=ranks)
-requests = Requests("/nowhere/STOP", 60, rank, ranks)
+requests = Requests("/nowhere/STOP", 60, rank=rank, ranks=ranks)
 for _ in range(100):
     requests.begin(); requests.end()
 taken = []
