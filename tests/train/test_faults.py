@@ -218,6 +218,15 @@ def test_the_watchdog_knows_start_up_from_a_hang(tmp_path):
     assert len(barked) == 1 and list(tmp_path.iterdir())
 
 
+def test_a_run_that_ends_while_its_stacks_are_saved_has_ended(tmp_path):
+    barked = []
+    with Watchdog(0.2, str(tmp_path), "rank0", barked.append) as watchdog:
+        watchdog.tick()
+        time.sleep(1.5)
+    time.sleep(3.5)
+    assert list(tmp_path.iterdir()) and not barked
+
+
 EXACT = {"train__exact": True, "track__log_every": 1, "train__epochs": 4}
 
 
