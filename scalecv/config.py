@@ -468,7 +468,7 @@ ELSEWHERE = {
     "batch_size": "train.batch",
     "max_epochs": "train.epochs",
     "num_epochs": "train.epochs",
-    "num_workers": "scale.workers",
+    "num_workers": "data.decode_threads",
     "amp": "train.precision",
     "accumulate_grad_batches": "train.micro_batch",
     "image_size": "data.size_px",

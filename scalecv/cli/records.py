@@ -79,6 +79,7 @@ def compare(
                 "weights_hash_equal": found.weights_equal,
                 "first_step": found.parting.step if found.parting else None,
                 "parting": asdict(found.parting) if found.parting else None,
+                "common_points": found.points,
             }
         )
         return

@@ -89,15 +89,8 @@ def check_budget(
     ]
     first = f"the first {good + bad} of " if unseen else ""
     share = f"{bad} of {first}{total} images cannot be used, at most {max_bad:.0%} may be set aside"
-    raise DataError(
-        "\n".join(
-            [
-                f"{share}; nothing was committed:",
-                *lines,
-                ("repair them" if bad == total else "repair them, or raise --max-bad"),
-            ]
-        )
-    )
+    advice = "repair them" if bad == total else "repair them, or raise --max-bad"
+    raise DataError("\n".join([f"{share}; nothing was committed:", *lines, advice]))
 
 
 def _manifest(

@@ -26,11 +26,11 @@ def imagefolder(
     others = [name for name in tops if not split_named(name, split_folders or {}) and "." not in name]
     filled: set[str] = set()
     for entry in storage.list_entries(uri):
-        filled.update("/".join(entry.path.split("/")[:depth]) for depth in (1, 2))
+        folders = entry.path.split("/")[:-1]
+        filled.update("/".join(folders[:depth]) for depth in (1, 2))  # folders, of which there are few
         if not is_image(entry.path):
             yield LeftOut(entry.path, "not an image by its name")
             continue
-        folders = entry.path.split("/")[:-1]
         split = None
         if has_splits:
             split = split_named(folders[0], split_folders or {}) if folders else None
@@ -55,6 +55,7 @@ def imagefolder(
         )
     if storage.is_local(uri):  # an object store knows no folder without objects
         above = [top for top in tops if split_named(top, split_folders or {})] if has_splits else [""]
-        for folder in (f"{top}/{name}".lstrip("/") for top in above for name in storage.list_names(f"{uri}/{top}")):
+        below = ((top, name) for top in above for name in storage.list_names(storage.join(uri, top) if top else uri))
+        for folder in (f"{top}/{name}" if top else name for top, name in below):
             if folder not in filled and "." not in folder:
                 yield LeftOut(f"{folder}/", "an empty folder")

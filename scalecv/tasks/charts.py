@@ -82,9 +82,8 @@ def confusion_png(matrix: Any, classes: Sequence[str]) -> bytes:
     elif k <= NAMES_UP_TO:
         for row, column in zip(*np.nonzero(share * (1 - np.eye(k)) >= 0.02), strict=True):
             colour = "white" if share[row, column] > 0.25 else RED
-            axes.text(
-                column, row, f"{100 * share[row, column]:.0f}", ha="center", va="center", fontsize=5, color=colour
-            )
+            text = f"{100 * share[row, column]:.0f}"
+            axes.text(column, row, text, ha="center", va="center", fontsize=5, color=colour)
     bar = page.colorbar(shown, ax=axes, fraction=0.04, pad=0.02, ticks=[0, 0.01, 0.1, 0.25, 0.5, 1])
     bar.set_label("share of the true class" + ("" if k <= COUNTS_UP_TO else "; mistakes from 2 % in %"), fontsize=8)
     bar.ax.set_yticklabels(["0", "1 %", "10 %", "25 %", "50 %", "100 %"], fontsize=8)

@@ -188,6 +188,7 @@ def pack_optimizer(optimizer: "torch.optim.Optimizer") -> bytes:
 
 def unpack_optimizer(optimizer: "torch.optim.Optimizer", data: bytes) -> None:
     """Put packed state back into an optimiser that was built the same way."""
+    import torch
     from safetensors.torch import load
 
     state: dict[int, dict[str, Any]] = {}
@@ -198,4 +199,4 @@ def unpack_optimizer(optimizer: "torch.optim.Optimizer", data: bytes) -> None:
     for parameter, values in optimizer.state.items():
         for key, value in values.items():
             if getattr(value, "shape", None) == parameter.shape and value.stride() != parameter.stride():
-                values[key] = value.new_empty(0).set_(torch.empty_like(parameter, dtype=value.dtype)).copy_(value)
+                values[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)  # channels_last

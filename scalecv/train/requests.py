@@ -18,13 +18,12 @@ import torch
 from torch import distributed as dist
 
 from scalecv import storage
+from scalecv.train.watchdog import LEAVE_S
 
 DRAIN_SAVE_S = 10.0
 """Seconds between checkpoints while the node of a rank is about to be taken away."""
 LOCAL_LOOK_S, REMOTE_LOOK_S = 0.05, 1.0
 """Seconds between two looks for the STOP file: on a disk, and in an object store."""
-LEAVE_S = 2.0
-"""Seconds that the thread has to end: one that meets the end of the interpreter may abort the process."""
 
 terminated = threading.Event()
 """Set by a SIGTERM to this process, where `hear_sigterm` was called."""

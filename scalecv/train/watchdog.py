@@ -19,7 +19,7 @@ LINGER_S = 3.0
 STORE_S = 20.0
 """Seconds that saving the stacks may take, for storage may be what hangs."""
 LEAVE_S = 2.0
-"""Seconds that the thread has to end: one that meets the end of the interpreter may abort the process."""
+"""Seconds that a thread beside training has to end: one that meets the end of the interpreter may abort the process."""
 BUSY = 0.2
 """Share of a core above which start-up (imports, building, torch.compile) counts as moving."""
 

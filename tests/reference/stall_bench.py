@@ -100,7 +100,6 @@ def away(data: Path, folder: Path, epochs: int, phase_s: float) -> list[float]:
                 began = time.time()
                 ends = time.monotonic() + phase_s
                 while time.monotonic() < ends and run.running.poll() is None:
-                    list(run._new())
                     time.sleep(0.5)
                 if run.running.poll() is None:
                     phases.append((is_there, began, time.time()))

@@ -106,3 +106,17 @@ def test_optimizer_state_survives(name):
     state = ({k: v.clone() for k, v in half.state_dict().items()}, checkpoint.pack_optimizer(optimizer))
     rest, _ = stepped(2, state)
     assert torch.equal(whole.weight, rest.weight)
+
+
+def test_optimizer_state_keeps_the_memory_format_of_its_weights():
+    def stepped():
+        model = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        optimizer = build_optimizer(model, Train(optimizer="adam", lr=0.1))
+        model(torch.ones(2, 3, 8, 8)).square().sum().backward()
+        optimizer.step()
+        return model, optimizer
+
+    (_, first), (model, second) = stepped(), stepped()
+    wanted = second.state[model.weight]["exp_avg"].stride()
+    checkpoint.unpack_optimizer(second, checkpoint.pack_optimizer(first))
+    assert second.state[model.weight]["exp_avg"].stride() == wanted == model.weight.stride()

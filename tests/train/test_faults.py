@@ -305,6 +305,21 @@ def test_batch_statistics_that_no_norm_replaces_are_refused(shapes, tmp_path, mo
         train(shapes(name="flat", **EXACT, **keys))
 
 
+def test_the_number_of_threads_is_that_of_the_beginning(shapes, net, monkeypatch):
+    """A machine with more cores would round otherwise."""
+    experiment = shapes(name="threads", train__threads=None, **net("still", "pass"))
+
+    def stop(event):
+        if event.get("is_epoch_end"):
+            (folder(experiment) / "STOP").write_bytes(b"stop")
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    with pytest.raises(Interrupted):
+        train(experiment, tell=stop)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    assert train(experiment).is_continued and torch.get_num_threads() == 1
+
+
 def test_a_terminal_that_is_gone_ends_nothing(shapes, net):
     def tell(event):
         raise BrokenPipeError
