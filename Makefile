@@ -1,15 +1,16 @@
-# Eight verbs; `make` alone lists them.
+# The verbs; `make` alone lists them.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 UV     := $(BIN)/uv
 STAMP  := $(VENV)/.locked
+PEERS  := .venv-peers
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test chaos check bench lock clean
+.PHONY: help setup demo test chaos check bench bench-gpu bench-feeds lock clean
 
 help:            ## list the verbs
-	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: $(STAMP)  ## .venv from requirements.lock (hash-checked), scalecv installed in it
 
@@ -39,9 +40,22 @@ check: setup     ## lint, strict types, import contracts
 bench: setup     ## training throughput against plain PyTorch, paired
 	$(BIN)/python -m tests.reference.bench $(BENCH_ARGS)
 
+bench-gpu: setup ## training on a GPU from shards against a loop that waits for no data; GPU_ARGS="--photos … --tiles …"
+	$(BIN)/python -m tests.reference.gpu_bench $(GPU_ARGS)
+
+bench-feeds: $(PEERS)/.locked  ## training feeds side by side: scalecv, its peers and the limit of the machine
+	$(PEERS)/bin/python -m tests.reference.feeds $(BENCH_ARGS)
+
+$(PEERS)/.locked: requirements.lock pyproject.toml | $(STAMP)
+	@test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	VIRTUAL_ENV=$(CURDIR)/$(PEERS) $(UV) pip sync --quiet --require-hashes requirements.lock
+	VIRTUAL_ENV=$(CURDIR)/$(PEERS) $(UV) pip install --quiet --no-deps --no-build-isolation -e .
+	VIRTUAL_ENV=$(CURDIR)/$(PEERS) $(UV) pip install --quiet --group peers
+	@touch $@
+
 lock:            ## recompile requirements.lock from pyproject.toml (needs uv)
 	uv pip compile pyproject.toml --group dev --universal --python-version 3.11 --generate-hashes \
 		--no-emit-index-url --no-header --no-annotate --quiet --output-file requirements.lock
 
 clean:           ## remove the environment and caches
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(PEERS) .mypy_cache .ruff_cache .pytest_cache

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -85,10 +85,13 @@ class Data(Frozen):
     """Bands to use, counted from 1 in the order of the file; empty means all."""
     augment: Augment = Augment()
     """Random changes of training images."""
-    window_mb: int = Field(256, ge=1)
+    window_mb: int = Field(128, ge=1)
     """Encoded megabytes among which rows are shuffled, over all workers together."""
     reader: Literal["auto", "ray", "threads"] = "auto"
     """Who reads row groups: Ray Data, or threads of the training process; auto: Ray Data when Ray Train runs."""
+    decode: Literal["auto", "trainer", "cluster"] = "auto"
+    """Who decodes: threads of the training process, or free CPUs of the cluster too; auto: these if training waits.
+    """
     decode_threads: int | None = Field(None, ge=1)
     """Threads that decode images in each training process; empty means its share of the cores."""
     max_bad: float = Field(0.01, ge=0, le=1)
@@ -160,8 +163,9 @@ class Train(Frozen):
     """Passes over the training split."""
     batch: int = Field(64, ge=1)
     """Images of one update, over all workers together."""
-    micro_batch: int | None = Field(None, ge=1)
-    """Images per forward pass of one worker; smaller than its share of the batch means accumulation."""
+    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
+    """Images per forward pass of one worker; smaller than its share of the batch means accumulation. auto: its whole
+    share, halved as often as memory runs out."""
     lr: float = Field(1e-3, gt=0)
     """Learning rate after warm-up."""
     optimizer: Literal["adam", "adamw", "sgd"] = "adamw"
@@ -188,6 +192,8 @@ class Train(Frozen):
     """Memory format channels_last, faster for convolutions on most devices."""
     compile: bool = False
     """Compile the network with torch.compile."""
+    recompute: bool = False
+    """Gradient checkpointing: activations are computed again in the backward pass; less memory, more time."""
     early_stop_patience: int | None = Field(None, ge=1)
     """Epochs without improvement of the metric before training stops; empty never stops."""
     early_stop_min_delta: float = Field(1e-4, ge=0)
@@ -196,6 +202,15 @@ class Train(Frozen):
     """Metric that decides what is best, such as val/macro_accuracy; empty takes the task's own."""
     threads: int | None = Field(None, ge=1)
     """CPU threads of torch in each worker; empty means its share of the cores."""
+
+
+class Cache(Frozen):
+    """A place on each node's disk for what was read from a bucket, shared by all workers and runs of the node."""
+
+    dir: str | None = None
+    """Folder on a local disk; empty reads from the bucket in each epoch."""
+    max_gb: float = Field(50.0, gt=0)
+    """Most gigabytes (10^9 bytes) in the folder; what was used longest ago goes first."""
 
 
 class Scale(Frozen):
@@ -264,6 +279,8 @@ class Experiment(Frozen):
     """Weighted terms; empty takes the task's default."""
     train: Train = Train()
     """How the network learns."""
+    cache: Cache = Cache()
+    """What each node keeps of what it read."""
     scale: Scale = Scale()
     """Where the run executes."""
     track: Track = Track()
@@ -282,7 +299,7 @@ class Experiment(Frozen):
         if fewest is not None and fewest > self.scale.workers:
             raise ValueError(f"scale.min_workers={fewest} is more than scale.workers={self.scale.workers}")
         share = self.train.batch // ranks
-        if self.train.micro_batch and share % self.train.micro_batch:
+        if isinstance(self.train.micro_batch, int) and share % self.train.micro_batch:
             raise ValueError(
                 f"train.micro_batch={self.train.micro_batch} does not divide the {share} images that each worker "
                 f"gets of train.batch={self.train.batch}"
@@ -294,10 +311,10 @@ class Experiment(Frozen):
     def identity(self) -> str:
         """SHA-256 of all that makes the result: more epochs, other hardware or tracking leave it as it is."""
         tree = self.model_dump(mode="json")
-        for key in ("scale", "track", "question"):
+        for key in ("scale", "track", "cache", "question"):
             tree.pop(key)
         tree["train"].pop("epochs")
-        for key in ("uri", "get", "reader", "decode_threads", "max_bad"):
+        for key in ("uri", "get", "reader", "decode", "decode_threads", "max_bad"):
             tree["data"].pop(key)
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 

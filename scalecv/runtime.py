@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -64,6 +65,14 @@ def connect(local_cpus: int | None = None, code_dirs: Iterable[str] = ()) -> Clu
     else:
         _join(ray, address, folders)
     return _info(ray)
+
+
+def is_at_hand() -> bool:
+    """Whether there is a cluster to join, or this process has joined or started one: then Ray costs no start."""
+    if os.environ.get("RAY_ADDRESS", "") not in ("", "local"):
+        return True
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
 
 
 @contextlib.contextmanager

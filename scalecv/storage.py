@@ -87,13 +87,15 @@ def get(uri: str, size_bytes: int | None = None, sha256: str | None = None) -> b
     raise IntegrityError(f"{uri} {problem}: the object is damaged; restore it or write it again")
 
 
-def get_range(uri: str, start: int, end: int) -> bytes:
-    """Bytes `start` to `end` (exclusive) of one object.
+def get_range(uri: str, start: int, end: int) -> memoryview:
+    """Bytes `start` to `end` (exclusive) of one object, not copied from where the client received them.
 
     Raises: FileNotFoundError: no such object. IntegrityError: the object ends before `end`.
     """
     place = place_of(uri)
-    data = local.get_range(place.path, start, end) if place.is_local else remote.get_range(place, start, end)
+    data = memoryview(
+        local.get_range(place.path, start, end) if place.is_local else remote.get_range(place, start, end)
+    )
     if len(data) != end - start:
         raise IntegrityError(f"{uri} ends at byte {start + len(data)}, expected at least {end}: the object was cut")
     return data

@@ -55,17 +55,19 @@ def get(place: Place) -> bytes:
     return _persist(place, lambda: bytes(obstore.get(_store(place), place.path).bytes()))
 
 
-def get_range(place: Place, start: int, end: int) -> bytes:
+def get_range(place: Place, start: int, end: int) -> memoryview:
     """Bytes `start` to `end` of one object; fewer where it ends before."""
     import obstore
 
-    def whole(got: bytes) -> bool:
+    def whole(got: memoryview) -> bool:
         if len(got) == end - start:
             return True
         entry = head(place)  # a body that broke off is tried again, an object that ends here is not
         return entry is not None and entry.size_bytes < end
 
-    return _persist(place, lambda: bytes(obstore.get_range(_store(place), place.path, start=start, end=end)), whole)
+    return _persist(
+        place, lambda: memoryview(obstore.get_range(_store(place), place.path, start=start, end=end)), whole
+    )
 
 
 def put(place: Place, data: bytes | memoryview, give_up_s: float | None = None) -> None:

@@ -4,6 +4,8 @@ Pixels stay in the dtype of the files until they are on the device; that is a qu
 float32, and normalising there costs next to nothing.
 """
 
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,11 +18,16 @@ from scalecv.batches import transforms
 from scalecv.batches.pixels import Pixels
 from scalecv.errors import DataError, IntegrityError
 from scalecv.schema import IGNORE, Batch
-from scalecv.shards import decode
+from scalecv.shards import decode, jpeg
 
 
 def sample(
-    image: bytes, mask: bytes | None, nodata: float | None, how: Pixels, u: np.ndarray | None
+    image: bytes,
+    mask: bytes | None,
+    nodata: float | None,
+    how: Pixels,
+    u: np.ndarray | None,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """One row as pixels.
 
@@ -29,20 +36,51 @@ def sample(
         nodata: value of pixels without data; they become 0 after normalisation and count nowhere in the mask.
         how: bands, size and augmentation.
         u: draws of the sample; None does not augment.
+        out: [C, size_px, size_px] in how.dtype, where the image may be written.
     Returns: image [C, H, W] in how.dtype (memory order H, W, C), mask int64 [H, W] with class numbers or None.
     """
-    array = decode.decode_pixels(image)
+    share = how.augment.resized_crop if u is not None and how.size_px else None
+    array, box = _decoded(image, share if mask is None else None, u)
     target = None if mask is None else torch.from_numpy(_classes(decode.decode_mask(mask), how))
     array, missing = _channels(array, nodata, how)
     if target is not None and missing is not None:
         target[torch.from_numpy(missing)] = IGNORE
     picture = torch.from_numpy(array).permute(2, 0, 1)
-    cropped = u is not None and how.augment.resized_crop is not None
-    if how.size_px and not cropped:
-        picture, target = transforms.resize(picture, target, how.size_px, how.resize)
+    if how.size_px and share is None:
+        picture, target = transforms.resize(picture, target, how.size_px, how.resize, out)
     if u is not None:
-        picture, target = transforms.augment(picture, target, how.augment, u, how.size_px)
+        picture, target = transforms.augment(picture, target, how.augment, u, how.size_px, box, out)
     return picture, target
+
+
+def _decoded(
+    image: bytes, share: tuple[float, float] | None, u: np.ndarray | None
+) -> tuple[np.ndarray, transforms.Box | None]:
+    """The pixels [H, W, C] of an image, and the box that a crop will take of them; rows below it may be left out."""
+    known = jpeg.header(image)
+    if known is None:
+        return decode.decode_pixels(image), None
+    if share is None or u is None:
+        box, rows = None, None
+    else:
+        box = transforms.crop_box(known.height, known.width, share, u)
+        rows = box[0] + box[2]
+    pixels = jpeg.decode(image, known, rows, _own_memory(known.height * known.width * known.channels))
+    return decode.decode_pixels(image) if pixels is None else pixels, box
+
+
+_THREAD = threading.local()
+LARGEST_KEPT = 16 << 20
+
+
+def _own_memory(size_bytes: int) -> np.ndarray | None:
+    """Memory of this thread for one picture, which is in the batch before the next one comes; it stays in the cache."""
+    if size_bytes > LARGEST_KEPT:
+        return None
+    kept: np.ndarray | None = getattr(_THREAD, "memory", None)
+    if kept is None or kept.size < size_bytes:
+        kept = _THREAD.memory = np.empty(size_bytes, np.uint8)
+    return kept
 
 
 def _channels(array: np.ndarray, nodata: float | None, how: Pixels) -> tuple[np.ndarray, np.ndarray | None]:
@@ -60,11 +98,15 @@ def _channels(array: np.ndarray, nodata: float | None, how: Pixels) -> tuple[np.
         array = array[..., [b - 1 for b in how.bands]]
     if missing is not None:
         array = np.where(missing[..., None], np.asarray(how.mean).astype(array.dtype), array)
-    return np.array(array, dtype=how.dtype, order="C"), missing  # a copy: decoders hand out read-only memory
+    if array.flags.writeable and array.flags.c_contiguous and array.dtype == how.dtype:
+        return array, missing
+    return np.array(array, dtype=how.dtype, order="C"), missing  # Pillow hands out read-only memory
 
 
 def _missing(array: np.ndarray, nodata: float | None) -> np.ndarray | None:
     """Where some band is not finite or all bands are nodata, bool [H, W]; None where nothing is missing."""
+    if nodata is None and array.dtype.kind != "f":
+        return None
     bad = np.zeros(array.shape[:2], bool)
     if array.dtype.kind == "f":
         bad |= ~np.isfinite(array).all(-1)
@@ -109,25 +151,64 @@ def fill(
 ) -> "Filling":
     """Start decoding a batch on `pool`; `Filling.wait` gives it. `seeds`: (seed, epoch), None does not augment."""
     numbers = {name: place for place, name in enumerate(how.classes)}
-    images: list[Any] = [None] * len(rows)
+    memory = _Memory(len(rows), how)
     masks: list[Any] = [None] * len(rows)
 
-    def work(first: int) -> None:
+    def work(first: int) -> float:
+        began = time.perf_counter()
         for at in range(first, len(rows), parts):
             row = rows[at]
             u = None if seeds is None else transforms.draws(*seeds, row.id)
             try:
-                images[at], masks[at] = sample(row.image, row.mask, row.nodata, how, u)
+                image, masks[at] = sample(row.image, row.mask, row.nodata, how, u, memory.at(at))
             except (decode.BadImage, IntegrityError) as error:
                 raise IntegrityError(
                     f"{row.where}, row {row.id}: {error}; it was readable at ingest: run `scalecv data verify`"
                 ) from None
+            memory.put(at, image)
+        return time.perf_counter() - began
 
     futures = [pool.submit(work, first) for first in range(min(parts, len(rows)))]
     labels = None
     if rows and rows[0].mask is None:
         labels = np.array([numbers[r.label] if r.label is not None else -1 for r in rows], np.int64)
-    return Filling(futures, images, masks, labels, [r.id for r in rows], [r.path for r in rows])
+    return Filling(futures, memory, masks, labels, [r.id for r in rows], [r.path for r in rows])
+
+
+class _Memory:
+    """The pixels of one batch: height, width, channel in memory, as decoders write and channels_last wants."""
+
+    def __init__(self, rows: int, how: Pixels) -> None:
+        self._rows, self._lock = rows, threading.Lock()
+        self._dtype: torch.dtype = getattr(torch, how.dtype)
+        self._pixels: torch.Tensor | None = None
+        self._shapes: set[tuple[int, ...]] = set()
+        if how.size_px:
+            self._allocate((how.size_px, how.size_px, how.channels))
+
+    def _allocate(self, shape: tuple[int, ...]) -> torch.Tensor:
+        self._pixels = torch.empty((self._rows, *shape), dtype=self._dtype)
+        return self._pixels
+
+    def at(self, row: int) -> torch.Tensor | None:
+        """Where a row's pixels belong, [C, H, W]; None while the size is not known."""
+        return None if self._pixels is None else self._pixels[row].permute(2, 0, 1)
+
+    def put(self, row: int, image: torch.Tensor) -> None:
+        """Take [C, H, W], which may have been written in place."""
+        with self._lock:
+            upright = image.permute(1, 2, 0)
+            self._shapes.add(tuple(image.shape))
+            pixels = self._allocate(tuple(upright.shape)) if self._pixels is None else self._pixels
+        place = pixels[row]
+        if place.shape == upright.shape and place.data_ptr() != upright.data_ptr():
+            place.copy_(upright)
+
+    def images(self) -> torch.Tensor:
+        """[B, C, H, W], channels_last."""
+        if len(self._shapes) > 1 or self._pixels is None:
+            raise DataError(f"images of one batch have the shapes {sorted(self._shapes)}: set data.size_px")
+        return self._pixels.permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -135,30 +216,21 @@ class Filling:
     """A batch that is being decoded."""
 
     futures: list[Any]
-    images: list[Any]
+    memory: _Memory
     masks: list[Any]
     labels: np.ndarray | None
     ids: list[str]
     paths: list[str]
 
-    def wait(self) -> Batch:
-        """The batch without `valid` and `position`."""
-        for future in self.futures:
-            future.result()
-        shapes = {tuple(i.shape) for i in self.images}
-        if len(shapes) > 1:
-            raise DataError(f"images of one batch have the shapes {sorted(shapes)}: set data.size_px")
-        first = self.images[0]
-        # Height, width, channel in memory: what decoders write and what channels_last wants.
-        out = torch.empty((len(self.images), *first.shape), dtype=first.dtype, memory_format=torch.contiguous_format)
-        out = out.to(memory_format=torch.channels_last)
-        torch.stack(self.images, out=out)
-        batch: Batch = {"image": out, "id": self.ids, "path": self.paths}
+    def wait(self) -> tuple[Batch, float]:
+        """The batch without `valid` and `position`, and the seconds that threads took to decode it."""
+        took = sum(future.result() for future in self.futures)
+        batch: Batch = {"image": self.memory.images(), "id": self.ids, "path": self.paths}
         if self.masks[0] is not None:
             batch["mask"] = torch.stack(self.masks)
         elif self.labels is not None:
             batch["label"] = torch.from_numpy(self.labels)
-        return batch
+        return batch, took
 
 
 def to_device(batch: Batch, how: Pixels, device: torch.device, channels_last: bool) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """A rank's batches of one epoch: row groups stream in, in the planned order, and pixels are made late.
 
-    Plan.reads ──▶ reader (threads here, or Ray Data) ──▶ held row groups ──▶ Picks ──▶ decode pool ──▶ Batch
+    Plan.reads ──▶ reader (threads here, or Ray Data) ──▶ held row groups ──▶ Picks ──▶ Decoders ──▶ Batch
 
 Encoded bytes travel; each row group is fetched once and dropped when the plan needs it no more.
 Both readers give the same row groups in the same order, so they give the same batches.
@@ -14,33 +14,29 @@ import os
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 
-from scalecv.batches.collate import Filling, Row, fill
+from scalecv.batches.collate import Row
+from scalecv.batches.decoders import Decoders
 from scalecv.batches.pixels import Pixels
-from scalecv.batches.plan import Picks, Plan, order_key
+from scalecv.batches.plan import Plan, order_key
+from scalecv.batches.reader import READERS, Groups, read_or_error
 from scalecv.errors import IntegrityError
 from scalecv.schema import Batch
 from scalecv.shards.manifest import Shard
-from scalecv.shards.store import Dataset, read_row_group
+from scalecv.shards.store import Dataset
 
-READ_AHEAD_BYTES = 64 << 20
 BATCHES_AHEAD = 3
 
-Groups = list[tuple[Shard, int]]
-"""Row groups of a split: shard and number in it, in the order of the manifest."""
 Schedule = Iterator[tuple[int, list[int], list[int]]]
 """(step, row groups to fetch before it, row groups to drop after it)."""
-Reader = Callable[[Dataset, Groups, Iterator[int]], Iterator[Any]]
-"""(dataset, row groups, numbers to read) -> Arrow tables in that order, an IntegrityError where one cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +64,19 @@ class Feed:
     ranks: int = 1
     is_training: bool = False
     """Training shuffles and augments; otherwise each lane runs through its rows in the order of the manifest."""
-    window_mb: int = 256
+    window_mb: int = 128
     threads: int = 1
     reader: str = "threads"
+    decode: str = "trainer"
+    """trainer, cluster or auto: see batches/decoders.py."""
     max_bad: float = 0.0
     """Share of the split's rows that training may leave out because they cannot be read."""
     _kept: dict[int, Any] = field(default_factory=dict, compare=False, repr=False)
     """Row groups of a split that fits into the window: read in the first epoch, held for all others."""
+    _helpers: list[int] = field(default_factory=list, compare=False, repr=False)
+    """CPUs of the cluster that decode for this feed, once they do."""
 
+    @cached_property
     def groups(self) -> Groups:
         """The row groups of the split."""
         return [(s, g) for s in self.dataset.manifest.shards_of(self.split) for g in range(len(s.row_groups))]
@@ -85,35 +86,84 @@ class Feed:
         manifest = self.dataset.manifest
         row_bytes = max(1, manifest.encoded_bytes // max(1, manifest.rows))
         return Plan(
-            group_rows=tuple(s.row_groups[g] for s, g in self.groups()),
+            group_rows=tuple(s.row_groups[g] for s, g in self.groups),
             batch=self.batch,
             key=order_key(manifest.fingerprint, self.split, self.seed, epoch if self.is_training else 0),
             shuffle=self.is_training,
             window_rows=max(self.batch, (self.window_mb << 20) // row_bytes),
         )
 
-    @property
+    @cached_property
     def keeps(self) -> bool:
         """Whether the encoded split fits into the window, so that later epochs read nothing."""
-        return sum(end - first for s, g in self.groups() for first, end in [s.byte_ranges[g]]) <= self.window_mb << 20
+        return sum(end - first for s, g in self.groups for first, end in [s.byte_ranges[g]]) <= self.window_mb << 20
 
     def epoch(self, epoch: int, start: int = 0) -> "Epoch":
         """The batches of one epoch from a step on; reading starts at once, in the background."""
         return Epoch(self, epoch, start)
 
+    def tables(self, epoch: int) -> Iterator[Any]:
+        """The row groups of an epoch as they are read, in the planned order; nothing is decoded."""
+        wanted = (group for _, fetch, _ in self.plan(epoch).reads(0, self.rank, self.ranks) for group in fetch)
+        return READERS[self.reader](self.dataset, self.groups, wanted)
+
+    def some_rows(self, most: int) -> list[Row]:
+        """Encoded rows from the beginning of the split."""
+        groups, rows = self.groups, list[Row]()
+        for number in range(len(groups)):
+            columns = _Columns(groups[number], self.dataset, read_or_error(self.dataset, groups, number))
+            rows += [columns.row(at) for at in range(min(len(columns.ids), most - len(rows)))]
+            if len(rows) >= most:
+                break
+        return rows
+
+    @contextmanager
+    def epochs(self, first: int, start: int, end: int) -> Iterator[Iterator["Epoch"]]:
+        """Epochs `first` to `end` - 1, the first one from a step on, one after the other.
+
+        The first batches of each are made while the last ones of the epoch before are taken, so that there is no gap.
+        """
+        begun: dict[int, Epoch] = {}
+        lock = threading.Lock()
+
+        def begin(epoch: int) -> None:
+            with lock:
+                if epoch not in begun and epoch < end and not is_closed:
+                    begun[epoch] = Epoch(self, epoch, start if epoch == first else 0, lambda: begin(epoch + 1))
+
+        def each() -> Iterator[Epoch]:
+            for epoch in range(first, end):
+                begin(epoch)
+                yield begun[epoch]
+                begun.pop(epoch).close()
+
+        is_closed = False
+        try:
+            yield each()
+        finally:
+            with lock:
+                is_closed = True
+            for left in list(begun.values()):
+                left.close()
+
 
 class Epoch:
     """An iterator over (step, Batch) of one epoch; closing it stops all that runs behind it."""
 
-    def __init__(self, feed: Feed, epoch: int, start: int) -> None:
+    def __init__(self, feed: Feed, epoch: int, start: int, then: Callable[[], None] = lambda: None) -> None:
         self.plan = feed.plan(epoch)
         """Its `valid_rows` count the rows of damaged row groups too: no rank knows what the others cannot read."""
         self.wait_s = 0.0
+        """Seconds that the consumer waited for batches."""
+        self.decode_s = 0.0
+        """Seconds that decode threads took for the batches given out, added up over threads."""
         self.damaged: list[Damaged] = []
         """The row groups that this rank left out of the epoch so far, in the order in which it met them."""
-        self._feed, self._epoch, self._start = feed, epoch, start
-        self._ready: queue.Queue[Any] = queue.Queue(maxsize=BATCHES_AHEAD)
+        self._feed, self._epoch, self._start, self._then = feed, epoch, start, then
+        self._ready: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._room = threading.Condition()
         self._stop = threading.Event()
+        self.decoders = Decoders(feed.pixels, feed.threads, feed.decode, feed.ranks, feed._helpers)
         self._thread = threading.Thread(target=self._produce, name=f"feed-{feed.split}-{epoch}", daemon=True)
         self._thread.start()
 
@@ -122,13 +172,18 @@ class Epoch:
             for _ in range(self._start, self.plan.steps):
                 began = time.perf_counter()
                 item = self._ready.get()
+                with self._room:
+                    self._room.notify()
                 if isinstance(item, BaseException):
                     raise item
-                step, picks, filling = item
-                batch: Batch = filling.wait()
+                step, picks, pending = item
+                batch, took = pending.wait()
+                self.decode_s += took
                 batch["valid"] = torch.from_numpy(picks.valid)
                 batch["position"] = torch.from_numpy(np.where(picks.valid, picks.position, -1))
-                self.wait_s += time.perf_counter() - began
+                waited = time.perf_counter() - began
+                self.wait_s += waited
+                self.decoders.waited(waited)
                 yield step, batch
         finally:
             self.close()
@@ -136,14 +191,13 @@ class Epoch:
     def close(self) -> None:
         """Stop reading ahead and wait for the threads."""
         self._stop.set()
-        while self._thread.is_alive():
-            try:
-                self._ready.get_nowait()
-            except queue.Empty:
-                self._thread.join(0.01)
+        with self._room:
+            self._room.notify()
+        self._thread.join()
+        self.decoders.close()
 
     def _produce(self) -> None:
-        feed, groups = self._feed, self._feed.groups()
+        feed, groups = self._feed, self._feed.groups
         held: dict[int, Any] = feed._kept if feed.keeps else {}
         for group in [group for group, columns in held.items() if columns.is_stand_in]:
             del held[group]  # it may have been restored since
@@ -152,23 +206,25 @@ class Epoch:
         )
         tables = READERS[feed.reader](feed.dataset, groups, ahead)
         try:
-            with ThreadPoolExecutor(feed.threads, thread_name_prefix="decode") as pool:
-                for step, fetch, drop in schedule:
-                    for group in fetch:
-                        if self._stop.is_set():
-                            return
-                        held[group] = self._columns(groups, group, next(tables))
-                    picks = self.plan.picks(step, feed.rank, feed.ranks)
-                    if self.damaged:
-                        whole = np.array([not held[g].is_stand_in for g in picks.group.tolist()])
-                        picks = replace(picks, valid=picks.valid & whole)
-                    self._offer((step, picks, self._start_filling(picks, held, pool)))
-                    for group in drop:
-                        del held[group]
+            for step, fetch, drop in schedule:
+                for group in fetch:
                     if self._stop.is_set():
                         return
+                    held[group] = self._columns(groups, group, next(tables))
+                picks = self.plan.picks(step, feed.rank, feed.ranks)
+                if self.damaged:
+                    whole = np.array([not held[g].is_stand_in for g in picks.group.tolist()])
+                    picks = replace(picks, valid=picks.valid & whole)
+                if not self._has_room():
+                    return
+                rows = [held[g].row(r) for g, r in zip(picks.group.tolist(), picks.row.tolist(), strict=True)]
+                seeds = (feed.seed, self._epoch) if feed.is_training else None
+                self._ready.put((step, picks, self.decoders.start(rows, seeds)))
+                for group in drop:
+                    del held[group]
+            self._then()
         except BaseException as error:
-            self._offer(error)
+            self._ready.put(error)
         finally:
             close = getattr(tables, "close", None)
             if close:
@@ -184,7 +240,7 @@ class Epoch:
             self.check_budget(self.damaged)
         for further in range(1, len(groups)):
             number = (group + further) % len(groups)
-            other = _read(self._feed.dataset, groups, number)
+            other = read_or_error(self._feed.dataset, groups, number)
             if not isinstance(other, IntegrityError):
                 return _Columns(groups[number], self._feed.dataset, other, is_stand_in=True)
         raise table
@@ -206,19 +262,13 @@ class Epoch:
                 else f"{what} scored, and a metric over fewer rows would be another metric"
             )
 
-    def _start_filling(self, picks: Picks, held: dict[int, Any], pool: ThreadPoolExecutor) -> Filling:
-        feed = self._feed
-        rows = [held[g].row(r) for g, r in zip(picks.group.tolist(), picks.row.tolist(), strict=True)]
-        seeds = (feed.seed, self._epoch) if feed.is_training else None
-        return fill(rows, feed.pixels, seeds, pool, parts=2 * feed.threads)
-
-    def _offer(self, item: Any) -> None:
-        while not self._stop.is_set():
-            try:
-                self._ready.put(item, timeout=0.1)
-                return
-            except queue.Full:
-                continue
+    def _has_room(self) -> bool:
+        """Wait until another batch may be begun; False where none is wanted any more."""
+        with self._room:
+            self._room.wait_for(
+                lambda: self._stop.is_set() or self._ready.qsize() < BATCHES_AHEAD + self.decoders.helpers
+            )
+        return not self._stop.is_set()
 
 
 class _Columns:
@@ -266,47 +316,6 @@ def _tee(reads: Schedule) -> tuple[Schedule, Iterator[int]]:
 
     schedule, copy = itertools.tee(reads)
     return schedule, (group for _, fetch, _ in copy for group in fetch)
-
-
-def threads_reader(dataset: Dataset, groups: Groups, wanted: Iterator[int]) -> Iterator[Any]:
-    """Row groups read by threads of this process, as many ahead as READ_AHEAD_BYTES allows."""
-    read = partial(_read, dataset, groups)
-    ahead: deque[tuple[Future[Any], int]] = deque()
-    budget = READ_AHEAD_BYTES
-    with ThreadPoolExecutor(8, thread_name_prefix="read") as pool:
-        try:
-            for group in wanted:
-                shard, index = groups[group]
-                cost = shard.byte_ranges[index][1] - shard.byte_ranges[index][0]
-                while ahead and (budget < cost or len(ahead) >= 32):
-                    table, freed = ahead.popleft()
-                    yield table.result()
-                    budget += freed
-                ahead.append((pool.submit(read, group), cost))
-                budget -= cost
-            while ahead:
-                yield ahead.popleft()[0].result()
-        finally:
-            for future, _ in ahead:
-                future.cancel()
-
-
-def _read(dataset: Dataset, groups: Groups, group: int) -> Any:
-    shard, index = groups[group]
-    try:
-        return read_row_group(dataset.uri, shard, index)
-    except IntegrityError as error:
-        return error
-
-
-def ray_reader(dataset: Dataset, groups: Groups, wanted: Iterator[int]) -> Iterator[Any]:
-    """Row groups read by Ray Data tasks anywhere in the cluster, in the planned order (see batches/ray_reader.py)."""
-    from scalecv.batches.ray_reader import stream
-
-    return stream(dataset, groups, wanted)
-
-
-READERS: dict[str, Reader] = {"threads": threads_reader, "ray": ray_reader}
 
 
 def threads_per_rank(configured: int | None, ranks_on_node: int) -> int:

@@ -19,6 +19,7 @@ import ray.data
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
+from scalecv.cache import NodeCache
 from scalecv.errors import IntegrityError
 from scalecv.shards.manifest import Shard
 from scalecv.shards.store import Dataset, read_row_group
@@ -40,9 +41,9 @@ Numbered = list[tuple[int, Shard, int]]
 class RowGroups(Datasource):  # type: ignore[misc]  # ray is untyped here
     """Row groups in a given order, some in each read task."""
 
-    def __init__(self, uri: str, groups: Numbered, meta: tuple[str, ...]) -> None:
+    def __init__(self, uri: str, groups: Numbered, meta: tuple[str, ...], cache: NodeCache | None = None) -> None:
         super().__init__()
-        self.uri, self.groups, self.meta = uri, groups, meta
+        self.uri, self.groups, self.meta, self.cache = uri, groups, meta, cache
 
     def estimate_inmemory_data_size(self) -> int:
         """Encoded bytes of all row groups."""
@@ -63,7 +64,7 @@ class RowGroups(Datasource):  # type: ignore[misc]  # ray is untyped here
                 input_files=None,
                 exec_stats=None,
             )
-            tasks.append(ReadTask(partial(_read, self.uri, some, self.meta), told))
+            tasks.append(ReadTask(partial(_read, self.uri, some, self.meta, self.cache), told))
         return tasks
 
 
@@ -104,7 +105,7 @@ class _Stretch:
             held += _size(one[1], one[2])
         self.pieces: Iterator[tuple[int, pa.Table]] = iter(())
         if self.groups:
-            source = RowGroups(dataset.uri, self.groups, dataset.manifest.meta)
+            source = RowGroups(dataset.uri, self.groups, dataset.manifest.meta, dataset.cache)
             tasks = len(source.get_read_tasks(1))
             reads = ray.data.read_datasource(
                 source, num_cpus=0, concurrency=min(tasks, TASKS_AT_ONCE), override_num_blocks=tasks
@@ -142,13 +143,16 @@ def _by_group(block: Any) -> Iterator[tuple[int, pa.Table]]:
         first = end
 
 
-def _read(uri: str, groups: Numbered, meta: tuple[str, ...]) -> Iterable[pa.Table]:
-    """What a read task does: one table for each row group, of nulls where it cannot be read."""
+def _read(uri: str, groups: Numbered, meta: tuple[str, ...], cache: NodeCache | None) -> Iterable[pa.Table]:
+    """What a read task does: one table for each row group, of nulls where it cannot be read.
+
+    The cache is that of the node where the task runs.
+    """
     schema = arrow_schema(meta)
     for place, shard, index in groups:
         rows, damage = shard.row_groups[index], None
         try:
-            table = read_row_group(uri, shard, index)
+            table = read_row_group(uri, shard, index, cache=cache)
         except IntegrityError as error:
             damage = str(error)
             table = pa.table([pa.nulls(rows, field.type) for field in schema], schema=schema)

@@ -15,6 +15,8 @@ from scalecv.config import Augment
 from scalecv.schema import IGNORE
 
 DRAWS = 24
+Box = tuple[int, int, int, int]
+"""Top, left, height and width in pixels."""
 
 
 def draws(seed: int, epoch: int, row_id: str) -> np.ndarray:
@@ -25,7 +27,7 @@ def draws(seed: int, epoch: int, row_id: str) -> np.ndarray:
 
 
 def resize(
-    image: torch.Tensor, mask: torch.Tensor | None, size_px: int, how: str
+    image: torch.Tensor, mask: torch.Tensor | None, size_px: int, how: str, out: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The sample as a square; masks take the nearest pixel.
 
@@ -34,6 +36,7 @@ def resize(
         mask: int64 [H, W] or None.
         size_px: side of the square.
         how: "stretch", or "crop" (centre of the shorter side's square).
+        out: [C, size_px, size_px] of the image's dtype, where the result may be written.
     """
     height, width = image.shape[-2:]
     if how == "crop" and height != width:
@@ -45,12 +48,28 @@ def resize(
         )
     if image.shape[-2:] == (size_px, size_px):
         return image, mask
-    scaled = F.resize(image, [size_px, size_px], antialias=True)
-    return scaled, None if mask is None else _nearest(mask, size_px)
+    return _scaled(image, size_px, out), None if mask is None else _nearest(mask, size_px)
+
+
+def _scaled(image: torch.Tensor, size_px: int, out: torch.Tensor | None) -> torch.Tensor:
+    """Bilinear with antialias; bytes by torch's kernel for bytes, straight into `out`, on every kind of CPU."""
+    if image.dtype != torch.uint8:
+        scaled: torch.Tensor = F.resize(image, [size_px, size_px], antialias=True)
+        return scaled
+    if out is None:
+        out = torch.empty((size_px, size_px, len(image)), dtype=torch.uint8).permute(2, 0, 1)
+    torch.ops.aten._upsample_bilinear2d_aa.out(image[None], [size_px, size_px], False, None, None, out=out[None])
+    return out
 
 
 def augment(
-    image: torch.Tensor, mask: torch.Tensor | None, how: Augment, u: np.ndarray, size_px: int | None
+    image: torch.Tensor,
+    mask: torch.Tensor | None,
+    how: Augment,
+    u: np.ndarray,
+    size_px: int | None,
+    box: Box | None = None,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """One random variant of a sample.
 
@@ -61,10 +80,12 @@ def augment(
         u: float64 [DRAWS] in [0, 1); each operation has places of its own, so switching one on or off
             does not change the others.
         size_px: side after a resized crop.
+        box: what the resized crop takes, where it is known already.
+        out: [C, size_px, size_px] of the image's dtype, where the result may be written.
     """
     if how.resized_crop and size_px:
-        top, left, height, width = _crop_box(image.shape[-2], image.shape[-1], how.resized_crop, u[0:4])
-        image = F.resized_crop(image, top, left, height, width, [size_px, size_px], antialias=True)
+        top, left, height, width = box or crop_box(image.shape[-2], image.shape[-1], how.resized_crop, u)
+        image = _scaled(image[:, top : top + height, left : left + width], size_px, out)
         mask = None if mask is None else _nearest(mask[top : top + height, left : left + width], size_px)
     if u[4] < how.hflip:
         image, mask = image.flip(-1), None if mask is None else mask.flip(-1)
@@ -84,7 +105,7 @@ def augment(
     return image, mask
 
 
-def _crop_box(height: int, width: int, share: tuple[float, float], u: np.ndarray) -> tuple[int, int, int, int]:
+def crop_box(height: int, width: int, share: tuple[float, float], u: np.ndarray) -> Box:
     """A box of a random share of the area and a ratio of 3:4 to 4:3, cut down to the image where it does not fit."""
     area = height * width * (share[0] + (share[1] - share[0]) * u[0])
     ratio = float(np.exp(np.log(3 / 4) + (np.log(4 / 3) - np.log(3 / 4)) * u[1]))

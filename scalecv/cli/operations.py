@@ -13,13 +13,25 @@ from scalecv.cli.output import Json, json_stream, print_json
 
 
 def doctor(
-    storage: Annotated[list[str] | None, typer.Argument(help="URIs to try to read and write.")] = None,
+    what: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[URI]... | EXPERIMENT [KEY=VALUE]...", help="Places to try, or an experiment file."),
+    ] = None,
+    attempt: Annotated[str | None, typer.Option("--try", help="KEY=VALUE to try, instead of what fits best.")] = None,
+    seconds: Annotated[float, typer.Option(min=1, help="Seconds of training for the change that is tried.")] = 60.0,
     as_json: Json = False,
 ) -> None:
-    """Look at Ray, token, storage, disk, MLflow and GPU: one line each, and what to do."""
+    """Say what is broken or slow, and what to do.
+
+    Without an experiment: Ray, token, storage, disk, MLflow and GPU, one line each. With one: what takes its time, and
+    a change that was tried against it in turns with the experiment as it is.
+    """
+    if what and what[0].endswith((".yaml", ".yml")):
+        _why_slow(what[0], what[1:], attempt, seconds, as_json=as_json)
+        return
     from scalecv.doctor import checks
 
-    found = checks(storage or [])
+    found = checks(what or [])
     if as_json:
         print_json({"ok": all(c.ok is not False for c in found), "checks": [asdict(c) for c in found]})
     else:
@@ -30,6 +42,42 @@ def doctor(
             )
     if any(check.ok is False for check in found):
         raise typer.Exit(1)
+
+
+def _why_slow(path: str, pairs: list[str], attempt: str | None, seconds: float, *, as_json: bool) -> None:
+    from scalecv import config
+
+    given, tried = config.parse_overrides(pairs), config.parse_overrides([attempt]) if attempt else None
+    config.load(path, {**given, **(tried or {})})  # what is wrong with it is told before torch is imported
+    from scalecv.speed.advice import advise
+
+    speeds, advice = advise(path, given, attempt=tried, seconds=seconds, tell=_tell)
+    if as_json:
+        told = {**asdict(advice), "helps": advice.helps} if advice else None
+        print_json({**asdict(speeds), "advice": told})
+        return
+    for line in [*speeds.lines(), advice.line() if advice else "nothing to try: no change is known that fits"]:
+        sys.stdout.write(line + "\n")
+
+
+def bench(
+    experiment: Annotated[str, typer.Argument(metavar="EXPERIMENT", help="Experiment file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys to set.")] = None,
+    seconds: Annotated[float, typer.Option(min=0.5, help="Seconds for each part.")] = 5.0,
+    as_json: Json = False,
+) -> None:
+    """Measure an experiment's parts on this machine: reading, decoding, the feed, the network, training."""
+    from scalecv import config
+
+    resolved = config.load(experiment, config.parse_overrides(overrides or []))
+    from scalecv.speed.parts import measure
+
+    speeds = measure(resolved, seconds, tell=_tell)
+    if as_json:
+        print_json(asdict(speeds))
+        return
+    for line in speeds.lines():
+        sys.stdout.write(line + "\n")
 
 
 def chaos(

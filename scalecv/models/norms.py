@@ -1,5 +1,7 @@
 """What stands in place of batch normalisation: the same over workers, per sample, or frozen."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -45,10 +47,12 @@ class SyncBatchNorm(BatchNorm):
 
     after: nn.Module
     process_group = None
+    is_alone = False
 
     def forward(self, input: Tensor) -> Tensor:
         """[B, C, ...] to the same shape; in training a collective call, so all ranks run forward equally often."""
-        together = self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        has_ranks = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        together = self.training and has_ranks and not self.is_alone
         if not together:
             out = super().forward(input)
         elif input.device.type == "cpu":
@@ -86,6 +90,19 @@ class SyncBatchNorm(BatchNorm):
         if self.affine:
             out = out * self.weight.view(shape) + self.bias.view(shape)
         return out.to(input.dtype)
+
+
+@contextmanager
+def alone(model: nn.Module) -> Iterator[None]:
+    """Let the layers of a model normalise without the other workers, so that nobody needs to take part."""
+    layers = [layer for layer in model.modules() if isinstance(layer, SyncBatchNorm)]
+    for layer in layers:
+        layer.is_alone = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.is_alone = False
 
 
 class _Sum(torch.autograd.Function):

@@ -124,6 +124,8 @@ class _Todo:
 
     units: tuple[str, ...]
     pending: tuple[str, ...]
+    pending_bytes: int
+    """Of the images and masks of the pending units."""
     done_rows: int
     """Rows of the units that an earlier ingest finished."""
     done_bad: Counter[str]
@@ -176,7 +178,7 @@ def _run(options: IngestOptions, todo: _Todo, total: int, clock: _Clock) -> None
     examples: dict[str, list[str]] = {}
     clock.start_work()
     clock.show("ingesting", rows, total, bad.total())
-    for result in run_units(todo.pending, options.to, options.concurrency):
+    for result in run_units(todo.pending, options.to, options.concurrency, total - rows, todo.pending_bytes):
         bad.update(json.loads(result["reasons"]))
         for reason, path in json.loads(result["examples"]).items():
             examples.setdefault(reason, [path])
@@ -190,7 +192,7 @@ def _run(options: IngestOptions, todo: _Todo, total: int, clock: _Clock) -> None
 def _describe(target: str, units: Iterator[plans.Unit]) -> _Todo:
     """Write the descriptions of the units that an earlier ingest did not finish."""
     there = set(storage.list_names(_staging(target)))
-    names, pending, done_rows, bad = [], [], 0, Counter[str]()
+    names, pending, pending_bytes, done_rows, bad = [], [], 0, 0, Counter[str]()
     waiting: deque[Future[None]] = deque()
     with ThreadPoolExecutor(16) as pool:  # one after the other, 8,000 take minutes on an object store
         for unit in units:
@@ -201,12 +203,13 @@ def _describe(target: str, units: Iterator[plans.Unit]) -> _Todo:
                 bad.update(aside.reason for aside in record.quarantine)
                 continue
             pending.append(unit.name)
+            pending_bytes += unit.size_bytes
             waiting.append(pool.submit(storage.put, spec_uri(target, unit.name), unit.spec))
             if len(waiting) > 32:
                 waiting.popleft().result()
         for future in waiting:
             future.result()
-    return _Todo(tuple(names), tuple(pending), done_rows, bad)
+    return _Todo(tuple(names), tuple(pending), pending_bytes, done_rows, bad)
 
 
 def _finished(target: str, name: str) -> Record | None:

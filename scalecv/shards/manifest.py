@@ -3,7 +3,7 @@
 import hashlib
 import json
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from scalecv.config import Frozen
 from scalecv.errors import DataError, IntegrityError
@@ -134,18 +134,29 @@ def decode(data: bytes, where: str) -> Manifest:
 
     Raises: DataError: another format version. IntegrityError: not a manifest, or its fingerprint does not fit.
     """
+    manifest: Manifest | None = None
+    found: object = None
     try:
-        tree = json.loads(data)
-        if isinstance(tree, dict) and tree.get("format") != FORMAT:
-            raise DataError(
-                f"{where} has manifest format {tree.get('format')}, this scalecv reads {FORMAT}: "
-                "use the scalecv that wrote it, or ingest again"
-            )
-        manifest = Manifest.model_validate(tree)
-    except (ValueError, ValidationError, RecursionError) as error:
-        raise IntegrityError(
-            f"{where} is not a manifest ({type(error).__name__}): restore it or ingest again"
-        ) from None
+        manifest = Manifest.model_validate_json(data)
+        found = manifest.format
+    except ValueError as error:
+        found, kind = _format(data), type(error).__name__
+    if found not in (None, FORMAT):
+        raise DataError(
+            f"{where} has manifest format {found}, this scalecv reads {FORMAT}: use the scalecv that wrote it, or "
+            "ingest again"
+        )
+    if manifest is None:
+        raise IntegrityError(f"{where} is not a manifest ({kind}): restore it or ingest again")
     if fingerprint(manifest) != manifest.fingerprint:
         raise IntegrityError(f"{where}: the fingerprint does not fit the facts: restore it or ingest again")
     return manifest
+
+
+def _format(data: bytes) -> object:
+    """The format that a manifest says it has; None for what is no manifest."""
+    try:
+        tree = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return tree.get("format") if isinstance(tree, dict) else None

@@ -42,7 +42,8 @@ class IngestOptions(Frozen):
     row_group_mb: float = Field(4.0, gt=0, le=256)
     """Encoded megabytes in a row group, the unit of reading."""
     concurrency: int | None = Field(None, ge=0)
-    """Units of work at the same time; empty takes all CPUs of the cluster, 0 works here without Ray."""
+    """Units of work at the same time; empty takes all CPUs of the cluster, or works here without Ray where that is
+    done before Ray has started; 0 works here."""
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,13 @@
 """What one unit of work saw, and how many such records add up to the facts of a dataset."""
 
 import json
+import math
+import operator
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, PrivateAttr
 
 from scalecv.errors import IntegrityError
 from scalecv.shards.decode import BadImage
@@ -13,6 +15,8 @@ from scalecv.shards.examine import Facts
 from scalecv.shards.manifest import BandStats, Shard
 
 K = TypeVar("K")
+_HELD = 256
+"""Rows that are counted at once."""
 
 
 class Aside(BaseModel):
@@ -68,6 +72,26 @@ class BandSums(BaseModel):
         )
 
     @staticmethod
+    def of_images(images: Sequence[Facts]) -> "BandSums":
+        """The sums of images with the same number of bands; rounded once, so the same on any machine."""
+        seen = [image for image in images if image["pixels"]] or images[:1]
+        counts = [image["pixels"] for image in seen]
+        pixels = sum(counts)
+        mean, m2 = [], []
+        for means, m2s in zip(*(list(zip(*(i[k] for i in seen), strict=True)) for k in ("mean", "m2")), strict=True):
+            middle = math.fsum(map(operator.mul, counts, means)) / max(1, pixels)
+            mean.append(middle)
+            m2.append(math.fsum([*m2s, *(n * (mu - middle) ** 2 for n, mu in zip(counts, means, strict=True))]))
+        return BandSums(
+            rows=len(images),
+            pixels=pixels,
+            mean=mean,
+            m2=m2,
+            min=[min(band) for band in zip(*(i["min"] for i in seen), strict=True)],
+            max=[max(band) for band in zip(*(i["max"] for i in seen), strict=True)],
+        )
+
+    @staticmethod
     def of(stats: BandStats) -> "BandSums":
         """The sums behind a manifest's statistics."""
         m2 = [s * s * stats.pixels for s in stats.std]
@@ -99,6 +123,8 @@ class Record(BaseModel):
     sums: dict[str, BandSums] = {}
     quarantine: list[Aside] = []
     notes: list[Aside] = []
+    _held: list[tuple[Mapping[str, Any], Facts, int]] = PrivateAttr(default_factory=list)
+    """Good rows that are not counted yet."""
 
     @staticmethod
     def start(split: str) -> "Record":
@@ -117,25 +143,41 @@ class Record(BaseModel):
 
     def accept(self, row: Mapping[str, Any], facts: Facts, sha256: str, encoded_bytes: int) -> None:
         """Count one good row."""
-        self.rows += 1
-        self.encoded_bytes += encoded_bytes
-        key = f"{facts['dtype']}x{facts['bands']}"
-        _add(self.bands, key, 1)
-        _add(self.formats, facts["format"], 1)
-        if row["label"] is not None:
-            _add(self.labels, row["label"], 1)
-        for value, pixels in facts["mask_values"].items():
-            _add(self.mask_values, value, pixels)
-        if facts["format"] == "TIFF":
-            self.rasters.setdefault(key, row["path"])
-        self.sizes_px = _wider(self.sizes_px, [facts["width"], facts["height"]] * 2)
-        sums = BandSums(rows=1, **{k: facts[k] for k in ("pixels", "mean", "m2", "min", "max")})
-        self.sums[key] = self.sums[key].plus(sums) if key in self.sums else sums
-        self.notes += [_aside(row, "note", note, detail, sha256) for note, detail in facts["notes"].items()]
+        held = self._held
+        held.append((row, facts, encoded_bytes))
+        if facts["notes"]:
+            self.notes += [_aside(row, "note", note, detail, sha256) for note, detail in facts["notes"].items()]
+        if len(held) >= _HELD:
+            self._add_held()
 
     def encode(self) -> bytes:
         """As JSON."""
+        self._add_held()
         return json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()
+
+    def _add_held(self) -> None:
+        """Add up the rows that were held, many at once: a model's fields are slow to set."""
+        held, self._held = self._held, []
+        kinds: dict[str, list[Facts]] = {}
+        sizes = self.sizes_px
+        for row, facts, _ in held:
+            key = f"{facts['dtype']}x{facts['bands']}"
+            kinds.setdefault(key, []).append(facts)
+            _add(self.formats, facts["format"], 1)
+            if row["label"] is not None:
+                _add(self.labels, row["label"], 1)
+            for value, pixels in facts["mask_values"].items():
+                _add(self.mask_values, value, pixels)
+            if facts["format"] == "TIFF":
+                self.rasters.setdefault(key, row["path"])
+            sizes = _wider(sizes, [facts["width"], facts["height"]] * 2)
+        self.sizes_px = sizes
+        self.rows += len(held)
+        self.encoded_bytes += sum(size for _, _, size in held)
+        for key, images in kinds.items():
+            _add(self.bands, key, len(images))
+            sums = BandSums.of_images(images)
+            self.sums[key] = self.sums[key].plus(sums) if key in self.sums else sums
 
     @staticmethod
     def decode(data: bytes, where: str) -> "Record":

@@ -5,19 +5,22 @@ starts from the manifest alone: one ranged read of a shard's footer, then one of
 """
 
 import hashlib
-import io
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from scalecv import storage
+from scalecv.cache import NodeCache
+from scalecv.config import Cache
 from scalecv.errors import DataError, IntegrityError, StorageDenied, nearest
 from scalecv.shards import manifest as manifests
+from scalecv.shards import row_groups
 from scalecv.shards.manifest import Manifest, Shard
+from scalecv.shards.row_groups import Reads
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -27,6 +30,7 @@ FACTS = "_facts"
 """Folder below the dataset for manifests, quarantine and notes, each named by its hash."""
 _KEY = "scalecv."
 _CHUNK = 8 << 20
+_footer = row_groups.footers
 
 
 @dataclass(frozen=True)
@@ -36,10 +40,19 @@ class Dataset:
     uri: str
     version: int
     manifest: Manifest
+    cache: NodeCache | None = None
+    """Where this node keeps the row groups it read; None for a dataset on a local disk."""
+    reads: Reads = field(default_factory=Reads, compare=False, repr=False)
+    """What the feeds of this dataset have asked storage for."""
 
 
-def open_dataset(uri: str, version: int | None = None) -> Dataset:
+def open_dataset(uri: str, version: int | None = None, cache: Cache | None = None) -> Dataset:
     """The newest version of a dataset, or the one asked for.
+
+    Args:
+        uri: what was written by an ingest.
+        version: None takes the newest.
+        cache: what this node keeps of the row groups; a dataset on a local disk is read from there.
 
     Raises: DataError: nothing there, not a dataset, no such version, or one that another tool wrote.
         StorageDenied: the bucket is missing or refuses these credentials. IntegrityError: a damaged manifest.
@@ -64,7 +77,13 @@ def open_dataset(uri: str, version: int | None = None) -> Dataset:
         data = storage.get(path, sha256=facts["manifest_sha256"])
     except FileNotFoundError:
         raise IntegrityError(f"{path} is gone: restore it, or ingest again into another place") from None
-    return Dataset(uri, chosen, manifests.decode(data, path))
+    return Dataset(uri, chosen, manifests.decode(data, path), _cache_of(uri, cache))
+
+
+def _cache_of(uri: str, cache: Cache | None) -> NodeCache | None:
+    if cache is None or not cache.dir or storage.is_local(uri):
+        return None
+    return NodeCache(os.path.abspath(os.path.expanduser(cache.dir)), int(cache.max_gb * 1e9))
 
 
 def versions(uri: str) -> list[int]:
@@ -87,7 +106,14 @@ def commit_facts(uri: str, version: int) -> dict[str, str]:
     return {}
 
 
-def read_row_group(uri: str, shard: Shard, index: int, columns: Sequence[str] | None = None) -> "pa.Table":
+def read_row_group(
+    uri: str,
+    shard: Shard,
+    index: int,
+    columns: Sequence[str] | None = None,
+    cache: NodeCache | None = None,
+    reads: Reads | None = None,
+) -> "pa.Table":
     """One row group of a shard; only its byte range is read, and the footer once per process.
 
     The bytes of a whole row group are compared with their SHA-256 in the manifest, those of some columns with the
@@ -98,36 +124,45 @@ def read_row_group(uri: str, shard: Shard, index: int, columns: Sequence[str] | 
         shard: record of the manifest.
         index: place of the row group in the shard.
         columns: columns, or leaves such as image.path; empty means all.
+        cache: of this node; columns are read past it.
+        reads: counts the requests.
 
     Raises: IntegrityError: the bytes are not those that were written; names shard and row group.
     """
     try:
-        return _read_once(uri, shard, index, columns)
+        return _read_once(uri, shard, index, columns, cache, reads)
     except IntegrityError:
-        return _read_once(uri, shard, index, columns)
+        if cache is not None:
+            cache.drop(row_groups.row_group(shard, index).name)
+        return _read_once(uri, shard, index, columns, cache, reads)
 
 
-def _read_once(uri: str, shard: Shard, index: int, columns: Sequence[str] | None) -> "pa.Table":
+def _read_once(
+    uri: str, shard: Shard, index: int, columns: Sequence[str] | None, cache: NodeCache | None, reads: Reads | None
+) -> "pa.Table":
+    path = storage.join(uri, shard.path)
+    if columns is not None:
+        return _read_columns(path, shard, index, columns)
+    (data,) = row_groups.fetch(path, [row_groups.row_group(shard, index)], cache, reads)
+    return row_groups.decode(path, shard, index, data, _footer(path, shard, cache, reads))
+
+
+def _read_columns(path: str, shard: Shard, index: int, columns: Sequence[str]) -> "pa.Table":
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    path = storage.join(uri, shard.path)
     where = f"{path}, row group {index}"
     try:
-        footer = _footer(path, shard.size_bytes, shard.footer_bytes, shard.footer_sha256)
-        group = footer.row_group(index)
-        ranges = list(_ranges(group, columns, shard.byte_ranges[index]))
+        footer = _footer(path, shard)
+        ranges = _ranges(footer.row_group(index), columns)
         parts = [(start, storage.get_range(path, start, end)) for start, end in ranges]
-        is_checked = columns is None and bool(shard.group_sha256)
-        if is_checked and hashlib.sha256(parts[0][1]).hexdigest() != shard.group_sha256[index]:
-            raise ValueError("its SHA-256 is not the one in the manifest")
-        file = pa.PythonFile(_Parts(parts, shard.size_bytes), mode="r")
-        opened = pq.ParquetFile(file, metadata=footer, page_checksum_verification=not is_checked, pre_buffer=False)
-        table = opened.read_row_group(index, columns=None if columns is None else list(columns), use_threads=False)
+        file = pa.PythonFile(row_groups.Parts(parts, shard.size_bytes), mode="r")
+        opened = pq.ParquetFile(file, metadata=footer, page_checksum_verification=True, pre_buffer=False)
+        table = opened.read_row_group(index, columns=list(columns), use_threads=False)
     except FileNotFoundError:
         raise IntegrityError(f"{path} is gone: restore it, or ingest again into another place") from None
     except (pa.ArrowException, OSError, ValueError, IndexError, UnicodeDecodeError) as error:
-        raise IntegrityError(f"{where} is damaged ({_said(error)}): run `scalecv data verify`, restore it") from None
+        raise row_groups.damaged(where, error) from None
     if table.num_rows != shard.row_groups[index]:
         raise IntegrityError(f"{where} has {table.num_rows} rows, {shard.row_groups[index]} were written: restore it")
     return table
@@ -195,25 +230,10 @@ def _which(uri: str, shard: Shard | None) -> str:
     return f"; damaged row groups: {', '.join(bad)}" if bad else ""
 
 
-@lru_cache(maxsize=512)
-def _footer(path: str, size_bytes: int, footer_bytes: int, sha256: str) -> Any:
-    """The parsed footer of a shard; its path holds its hash, so it never changes."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    data = storage.get_range(path, size_bytes - footer_bytes, size_bytes)
-    if sha256 and hashlib.sha256(data).hexdigest() != sha256:
-        raise IntegrityError(f"{path} is damaged in its footer: run `scalecv data verify`, restore it")
-    return pq.read_metadata(pa.BufferReader(data))
-
-
-def _ranges(group: Any, columns: Sequence[str] | None, whole: tuple[int, int]) -> Iterator[tuple[int, int]]:
+def _ranges(group: Any, columns: Sequence[str]) -> Iterator[tuple[int, int]]:
     """Byte ranges of the wanted columns of a row group, neighbours joined."""
     from scalecv.shards.write import column_range
 
-    if columns is None:
-        yield whole
-        return
     chunks = [group.column(i) for i in range(group.num_columns)]
     wanted = [c for c in chunks if any(c.path_in_schema == w or c.path_in_schema.startswith(w + ".") for w in columns)]
     start = end = -1
@@ -224,37 +244,6 @@ def _ranges(group: Any, columns: Sequence[str] | None, whole: tuple[int, int]) -
         start, end = (low if start < 0 else start), high
     if start >= 0:
         yield start, end
-
-
-class _Parts(io.RawIOBase):
-    """A file of which only some ranges are there; reading elsewhere is an error."""
-
-    def __init__(self, parts: Sequence[tuple[int, bytes]], size_bytes: int) -> None:
-        self._parts = parts
-        self._size = size_bytes
-        self._at = 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + (0 if whence == io.SEEK_SET else self._at if whence == io.SEEK_CUR else self._size)
-        return self._at
-
-    def read(self, size: int = -1) -> bytes:
-        end = self._size if size < 0 else min(self._at + size, self._size)
-        for start, data in self._parts:
-            if start <= self._at and end <= start + len(data):
-                found = data[self._at - start : end - start]
-                self._at = end
-                return found
-        raise OSError(f"bytes {self._at} to {end} lie outside of the row group")
 
 
 def _nothing_there(uri: str) -> str:
@@ -268,8 +257,3 @@ def _nothing_there(uri: str) -> str:
     except StorageDenied:
         near = ""
     return f"no dataset at {where}{near}{'' if near else ':'} make one with scalecv ingest SOURCE --to {where}"
-
-
-def _said(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:120] if lines else type(error).__name__

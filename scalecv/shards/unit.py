@@ -19,13 +19,16 @@ from scalecv.schema import META
 from scalecv.shards import plan
 from scalecv.shards.decode import BadImage
 from scalecv.shards.examine import Facts
-from scalecv.shards.examiner import Examiner
+from scalecv.shards.examiner import TOGETHER, TOGETHER_BYTES, Examiner
+from scalecv.shards.plan import UnitSettings
 from scalecv.shards.record import Record
 from scalecv.shards.write import ShardWriter
 
 STAGING = "_ingest"
 """Folder below the dataset for what is under way; gone after the commit."""
-_FETCHES = 24  # an object store answers in 10 to 50 ms: one process needs about this many to keep a core busy
+_FETCHES = 32  # an object store answers in 10 to 50 ms: one process needs about this many to keep a core busy
+_FILES_AHEAD = 8 * TOGETHER
+"""Local files that are read ahead, those of a turn by one thread."""
 _AHEAD_BYTES = 64 << 20
 
 
@@ -95,21 +98,14 @@ def work(target: str, unit: str) -> Record:
     split, settings, rows = plan.read_unit(spec)
     record = Record.start(split)
     writer = ShardWriter(settings.meta, settings.row_group_bytes)
-    examiner = _examiner()
-    for row, data, mask in _fetched(settings.source, rows):
-        record.see(len(data) if isinstance(data, bytes) else 0)
-        sha256 = hashlib.sha256(data).hexdigest() if isinstance(data, bytes) else ""
-        try:
-            if isinstance(data, BadImage):
-                raise data
-            if isinstance(mask, BadImage):
-                raise mask
-            facts = examiner.examine(row["path"], data, mask, settings.mask_values, settings.mask_ignore)
-        except BadImage as bad:
-            record.reject(row, bad, sha256)
-            continue
-        record.accept(row, facts, sha256, len(data) + len(mask or b""))
-        writer.add(_columns(row, facts, data, mask, sha256, settings.meta))
+    for some in _fetched(settings.source, rows):
+        record.see(sum(len(data) for _, data, _ in some if isinstance(data, bytes)))
+        for row, data, mask, sha256, facts in _examined(some, settings, _examiner()):
+            if isinstance(facts, BadImage):
+                record.reject(row, facts, sha256)
+                continue
+            record.accept(row, facts, sha256, len(data) + len(mask or b""))
+            writer.add(_columns(row, facts, data, mask, sha256, settings.meta))
     closed = writer.close(split)
     if closed is not None:
         content, shard = closed
@@ -123,6 +119,11 @@ def work(target: str, unit: str) -> Record:
 def _examiner() -> Examiner:
     """One child for all units of a process."""
     return Examiner()
+
+
+def close() -> None:
+    """End the child process; a further unit starts another one."""
+    _examiner().close()
 
 
 def _columns(
@@ -144,38 +145,80 @@ def _columns(
     }
 
 
+def _examined(some: "Sequence[_Row]", settings: UnitSettings, examiner: Examiner) -> Iterator[tuple[Any, ...]]:
+    """For each row: it, its bytes and those of its mask, their SHA-256, and its facts or why it is set aside."""
+    whole = [
+        (row["path"], data, mask)
+        for row, data, mask in some
+        if not isinstance(data, BadImage) and not isinstance(mask, BadImage)
+    ]
+    facts = examiner.examine_all(whole, settings.mask_values, settings.mask_ignore)
+    for row, data, mask in some:
+        sha256 = hashlib.sha256(data).hexdigest() if isinstance(data, bytes) else ""
+        bad = next((one for one in (data, mask) if isinstance(one, BadImage)), None)
+        yield row, data, mask, sha256, bad or next(facts)
+
+
 _Fetched = bytes | BadImage
+_Row = tuple[dict[str, Any], _Fetched, _Fetched | None]
+"""A row, the bytes of its image and of its mask, or why there are none."""
 
 
-def _fetched(source: str, rows: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Any, Any]]:
-    """Rows with their bytes, in order; many requests at once, few bytes ahead."""
+def _fetched(source: str, rows: Sequence[dict[str, Any]]) -> Iterator[list[_Row]]:
+    """Rows with their bytes, in order, some at a time; many requests at once, few bytes ahead.
 
-    def fetch(row: dict[str, Any]) -> tuple[_Fetched, _Fetched | None]:
-        if row["problem"]:
-            return BadImage(row["problem"], _PROBLEMS[row["problem"]]), None
-        mask = _object(source, row["mask"], row["mask_size"]) if row["mask"] else None
-        if isinstance(mask, BadImage):
-            mask = BadImage(
-                "mask_damaged" if mask.reason == "unreadable" else "no_mask", f"{row['mask']}: {mask.detail}"
-            )
-        return _object(source, row["path"], row["size"]), mask
+    Objects of a store are asked for one by one. Local files are there at once, and a thread for each would cost more
+    than its reading.
+    """
+    is_local = storage.is_local(source)
 
-    waiting: collections.deque[tuple[dict[str, Any], Future[tuple[_Fetched, _Fetched | None]]]] = collections.deque()
-    ahead = 0
-    todo = iter(rows)
+    def fetch(some: Sequence[dict[str, Any]]) -> list[_Row]:
+        return [(row, *_both(source, row)) for row in some]
+
+    waiting: collections.deque[tuple[int, int, list[Future[list[_Row]]]]] = collections.deque()
+    files = size = 0
     with ThreadPoolExecutor(_FETCHES) as pool:
-        while True:
-            while len(waiting) < 2 * _FETCHES and (ahead < _AHEAD_BYTES or not waiting):
-                row = next(todo, None)
-                if row is None:
-                    break
-                waiting.append((row, pool.submit(fetch, row)))
-                ahead += row["size"] + row["mask_size"]
-            if not waiting:
-                return
-            row, future = waiting.popleft()
-            ahead -= row["size"] + row["mask_size"]
-            yield row, *future.result()
+        try:
+            for some in _runs(rows):
+                some_size = sum(map(_size, some))
+                while waiting and (files + len(some) > _FILES_AHEAD or size + some_size > _AHEAD_BYTES):
+                    done, done_size, futures = waiting.popleft()
+                    files, size = files - done, size - done_size
+                    yield [row for future in futures for row in future.result()]
+                parts = [some] if is_local else [[row] for row in some]
+                waiting.append((len(some), some_size, [pool.submit(fetch, part) for part in parts]))
+                files, size = files + len(some), size + some_size
+            while waiting:
+                yield [row for future in waiting.popleft()[2] for row in future.result()]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _runs(rows: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Rows as they are examined together."""
+    held: list[dict[str, Any]] = []
+    held_bytes = 0
+    for row in rows:
+        if held and (held_bytes + _size(row) > TOGETHER_BYTES or len(held) >= TOGETHER):
+            yield held
+            held, held_bytes = [], 0
+        held.append(row)
+        held_bytes += _size(row)
+    if held:
+        yield held
+
+
+def _size(row: Mapping[str, Any]) -> int:
+    return int(row["size"]) + int(row["mask_size"])
+
+
+def _both(source: str, row: Mapping[str, Any]) -> tuple[_Fetched, _Fetched | None]:
+    if row["problem"]:
+        return BadImage(row["problem"], _PROBLEMS[row["problem"]]), None
+    mask = _object(source, row["mask"], row["mask_size"]) if row["mask"] else None
+    if isinstance(mask, BadImage):
+        mask = BadImage("mask_damaged" if mask.reason == "unreadable" else "no_mask", f"{row['mask']}: {mask.detail}")
+    return _object(source, row["path"], row["size"]), mask
 
 
 _PROBLEMS = {

@@ -49,7 +49,7 @@ def sizes(experiment: Experiment) -> list[int]:
         workers
         for workers in range(scale.workers, (scale.min_workers or scale.workers) - 1, -1)
         if not train.batch % workers
-        and not (train.micro_batch and train.batch // workers % train.micro_batch)
+        and not (isinstance(train.micro_batch, int) and train.batch // workers % train.micro_batch)
         and not (train.exact and SHARDS % workers)
     ]
 
@@ -108,7 +108,7 @@ def _exact(experiment: Experiment) -> None:
         raise ConfigError(
             f"train.exact=true cuts a batch into {SHARDS}: train.batch={train.batch} is no multiple of it"
         )
-    if train.micro_batch and train.batch // SHARDS % train.micro_batch:
+    if isinstance(train.micro_batch, int) and train.batch // SHARDS % train.micro_batch:
         raise ConfigError(
             f"train.exact=true: train.micro_batch={train.micro_batch} does not divide the {train.batch // SHARDS} "
             f"images of a logical shard (train.batch={train.batch} in {SHARDS} parts)"
@@ -156,7 +156,7 @@ def _labels(experiment: Experiment, manifest: Manifest, where: str) -> None:
 def _batch(experiment: Experiment, manifest: Manifest) -> None:
     train = experiment.train
     share = train.batch // max(1, experiment.scale.workers)
-    micro = train.micro_batch or share
+    micro = train.micro_batch if isinstance(train.micro_batch, int) else share
     if micro == 1 and experiment.model.norm == "batch":
         raise ConfigError(
             f"train.batch={train.batch} gives each worker one image at a time, and batch normalisation needs two: "

@@ -46,7 +46,7 @@ def gradients(
         dist.all_gather(everyone, whole)
         whole = _tree(everyone)
     for parameter, gradient in zip(parameters, torch.split(whole, [p.numel() for p in parameters]), strict=True):
-        parameter.grad = gradient.view_as(parameter).clone()
+        parameter.grad = torch.empty_like(parameter).copy_(gradient.view_as(parameter))  # of one memory format
     return total
 
 

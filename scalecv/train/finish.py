@@ -39,6 +39,7 @@ def finish(setup: Setup, state: State, job: Job, dataset: Dataset, pixels: Pixel
                     split,
                     each=lambda: loop.obey(setup),
                     pictures=setup.experiment.track.pictures,
+                    size=state.micro_batch,
                 ),
                 setup.experiment.track.pictures,
             )

@@ -5,31 +5,28 @@ over all ranks, by rank 0. The state of a run is (epoch, step) and what a checkp
 numbers of the network (dropout) are a function of (seed, epoch, step, rank; in exact mode the logical shard).
 """
 
-import hashlib
-import math
 import time
 from collections.abc import Callable
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import distributed as dist
 
-from scalecv.batches.collate import to_device
 from scalecv.batches.feed import Epoch, Feed
 from scalecv.batches.plan import order_sum
 from scalecv.config import Experiment
 from scalecv.errors import ScalecvError
-from scalecv.models.losses import weighted
-from scalecv.schema import Batch
 from scalecv.tasks.evaluate import Evaluation, evaluate
 from scalecv.tasks.task import Task
-from scalecv.train import exact, nonfinite
+from scalecv.train import micro_batch
 from scalecv.train.meter import Meter
 from scalecv.train.optim import Progress, learning_rate
 from scalecv.train.requests import Asked, Leaves, Requests, Stopped
 from scalecv.train.saving import Saver
+from scalecv.train.step import autocast, update
+from scalecv.train.times import Times
 from scalecv.train.watchdog import Watchdog
 
 Event = dict[str, Any]
@@ -69,6 +66,8 @@ class State:
     """What is called: the model, in DDP and compiled where asked for."""
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    micro_batch: int = 0
+    """Images of this rank that go through the network at once; 0 while it is not known (see micro_batch)."""
     epoch: int = 0
     step: int = 0
     updates: int = 0
@@ -101,23 +100,18 @@ class State:
 def fit(setup: Setup, state: State) -> str:
     """Train to the end: "finished", "stopped" (early stopping) or "interrupted" (state saved).
 
-    Raises: Leaves: a process of the run is about to be ended (state saved). NonFiniteError: a gradient is no number.
+    Raises: Leaves: a process of the run is about to be ended (state saved), or is out of memory. NonFiniteError: a
+        gradient is no number. OutOfMemory: no micro-batch is small enough.
     """
     train = setup.experiment.train
-    upcoming: Epoch | None = None
+    micro_batch.start(setup, state)
     try:
-        while state.epoch < train.epochs and not state.progress.stops(train):
-            current = upcoming or setup.feeds["train"].epoch(state.epoch, state.step)
-            upcoming = None
-            told = _one_epoch(setup, state, current)
-            if state.epoch + 1 < train.epochs:
-                upcoming = setup.feeds["train"].epoch(state.epoch + 1)  # its first batches load while we validate
-            _close_epoch(setup, state, told)
+        with setup.feeds["train"].epochs(state.epoch, state.step, train.epochs) as epochs:
+            while state.epoch < train.epochs and not state.progress.stops(train):
+                told = _one_epoch(setup, state, next(epochs))
+                _close_epoch(setup, state, told)
     except Stopped:
         return "interrupted"
-    finally:
-        if upcoming:
-            upcoming.close()
     return "stopped" if state.progress.stops(train) and state.epoch < train.epochs else "finished"
 
 
@@ -126,17 +120,17 @@ def _one_epoch(setup: Setup, state: State, batches: Epoch) -> dict[str, float]:
     train, track = setup.experiment.train, setup.experiment.track
     steps = batches.plan.steps
     state.network.train()
-    meter = Meter(setup, batches, state.step)
-    with closing(batches):
+    times = Times(setup.device, state.model, setup.ranks)
+    meter = Meter(setup, batches, state.step, times)
+    with closing(batches), closing(times):
         for step, raw in batches:
             is_last = step + 1 == steps
             due = not is_last and track.checkpoint_steps is not None and (step + 1) % track.checkpoint_steps == 0
             setup.requests.begin(save=due)
-            torch.manual_seed(_seed(setup, state.epoch, step, setup.rank))
             lr = learning_rate(train, state.epoch * steps + step, steps, state.progress.plateau_scale)
             for group in state.optimizer.param_groups:
                 group["lr"] = lr
-            loss, norm = _update(setup, state, raw, batches.plan.valid_rows(step))
+            loss, norm = update(setup, state, raw, batches.plan.valid_rows(step), times)
             valid = raw["valid"].numpy()
             ids = [row for row, counts in zip(raw["id"], valid, strict=True) if counts]
             state.order_total += order_sum(raw["position"].numpy()[valid], ids, state.epoch)
@@ -144,7 +138,9 @@ def _one_epoch(setup: Setup, state: State, batches: Epoch) -> dict[str, float]:
             meter.add(loss, int(valid.sum()))
             setup.watchdog.tick()
             setup.saver.check()
+            began = time.perf_counter()
             asked = setup.requests.end()
+            times.add("sync", time.perf_counter() - began)
             if (step + 1) % track.log_every == 0 or is_last or state.updates == 1:
                 meter.tell(state, lr, norm)
             _heed(setup, state, asked, meter)
@@ -172,84 +168,6 @@ def _save(setup: Setup, state: State, value: float | None) -> None:
     setup.watchdog.tick()
 
 
-def _update(setup: Setup, state: State, raw: Batch, counted: int) -> tuple[torch.Tensor, float]:
-    """One update from this rank's share of a global batch; the sum of its losses, and the gradient's norm.
-
-    The loss is divided by the valid rows of the whole global batch, so the result does not depend on how the
-    batch is cut into ranks and micro-batches.
-    """
-    train = setup.experiment.train
-    batch = to_device(raw, setup.feeds["train"].pixels, setup.device, train.channels_last)
-    terms: nonfinite.Terms = []
-    if train.exact:
-        total = _exact_gradients(setup, state, batch, counted, terms)
-    else:
-        total = _backward(setup, state, batch, slice(0, len(raw["id"])), setup.ranks / counted, terms)
-    state.scaler.unscale_(state.optimizer)
-    limit = train.clip_norm if train.clip_norm is not None else float("inf")
-    norm = float(torch.nn.utils.clip_grad_norm_(state.model.parameters(), limit))  # the same on all ranks
-    # A scaled fp16 gradient may overflow: the scaler skips that update. A loss that is not finite is an error anyway.
-    if not math.isfinite(norm) and not (state.scaler.is_enabled() and nonfinite.is_finite_everywhere(total)):
-        at = {"epoch": state.epoch, "step": state.step, "updates": state.updates}
-        nonfinite.stop(setup.run, setup.rank, at, norm, raw["id"], raw["valid"].tolist(), terms)
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
-    state.optimizer.zero_grad(set_to_none=True)
-    if train.exact and state.updates == 0:
-        _tell_cost(setup, state, batch, counted)
-    return total, norm
-
-
-def _exact_gradients(
-    setup: Setup, state: State, batch: dict[str, Any], counted: int, terms: nonfinite.Terms
-) -> torch.Tensor:
-    def backward(part: slice, shard: int) -> torch.Tensor:
-        torch.manual_seed(_seed(setup, state.epoch, state.step, shard))
-        return _backward(setup, state, batch, part, 1 / counted, terms)
-
-    return exact.gradients(state.model, len(batch["valid"]), setup.rank, setup.ranks, backward)
-
-
-def _tell_cost(setup: Setup, state: State, batch: dict[str, Any], counted: int) -> None:
-    """Say what `train.exact` costs, on a batch whose gradients are then thrown away; called on all ranks."""
-    rows = slice(0, len(batch["valid"]))
-    took, plain = exact.cost(
-        state.model,
-        lambda: _exact_gradients(setup, state, batch, counted, []),
-        lambda: _backward(setup, state, batch, rows, 1 / counted, []),
-        setup.threads,
-    )
-    said = f"train.exact=true: the gradients of a batch take {took:.3g} s, without it {plain:.3g} s"
-    times = {"time/exact_gradients_s": took, "time/plain_gradients_s": plain}
-    point = {"kind": "metrics", "step": 1, "time_ms": int(time.time() * 1000), "metrics": times}
-    setup.report([point, {"kind": "progress", "message": f"{said} ({took / plain:.2f} times as long)"}])
-
-
-def _backward(
-    setup: Setup, state: State, batch: dict[str, Any], rows: slice, scale: float, told: nonfinite.Terms
-) -> torch.Tensor:
-    """Add the gradient of some rows, micro-batch by micro-batch; the sum of their losses, and their terms in `told`."""
-    experiment, size = setup.experiment, setup.experiment.train.micro_batch or rows.stop - rows.start
-    weights = experiment.loss.terms() or setup.task.default_loss(len(setup.feeds["train"].pixels.classes))
-    total = torch.zeros((), device=setup.device)
-    for first in range(rows.start, rows.stop, size):
-        micro = {k: v[first : min(first + size, rows.stop)] for k, v in batch.items()}
-        with _no_sync(state.network, last=first + size >= rows.stop):
-            with _autocast(setup):
-                logits = state.network(micro["image"])
-            terms = setup.task.losses(logits.float(), micro, experiment.loss, setup.class_weights)
-            loss = (weighted(terms, weights) * micro["valid"]).sum()
-            state.scaler.scale(loss * scale).backward()
-        total += loss.detach()
-        told.append({name: values.detach() for name, values in terms.items()})
-    return total
-
-
-def _no_sync(network: torch.nn.Module, *, last: bool) -> Any:
-    """DDP adds up gradients over ranks with the last micro-batch only."""
-    return network.no_sync() if not last and hasattr(network, "no_sync") else nullcontext()  # type: ignore[operator]
-
-
 def _close_epoch(setup: Setup, state: State, told: dict[str, float]) -> None:
     """Validate, decide, save and report."""
     train = setup.experiment.train
@@ -261,7 +179,7 @@ def _close_epoch(setup: Setup, state: State, told: dict[str, float]) -> None:
         def each() -> None:
             _heed(setup, state, _heard(setup))
 
-        checked = validate(setup, state.model, "val", each)
+        checked = validate(setup, state.model, "val", each, size=state.micro_batch)
         scores |= summary(setup, checked, "val")
     scores["time/validation_s"] = time.perf_counter() - began
     value = scores.get(setup.metric)
@@ -311,12 +229,21 @@ def _same_buffers(model: torch.nn.Module) -> None:
 
 
 def validate(
-    setup: Setup, model: torch.nn.Module, split: str, each: Callable[[], None], pictures: int = 0
+    setup: Setup, model: torch.nn.Module, split: str, each: Callable[[], None], pictures: int = 0, size: int = 0
 ) -> Evaluation:
-    """Score a split with the loss and precision of the run; `each` is called after each batch, on all ranks."""
-    with _autocast(setup):
+    """Score a split with the loss and precision of the run.
+
+    Args:
+        setup: of this rank.
+        model: what is scored.
+        split: of the dataset.
+        each: called after each batch, on all ranks.
+        pictures: samples to keep.
+        size: most rows that go through at once; 0 means a whole batch.
+    """
+    with autocast(setup):
         return evaluate(
-            model,
+            micro_batch.InParts(model, size),
             setup.task,
             setup.feeds[split],
             setup.device,
@@ -343,18 +270,6 @@ def gather_order(state: State) -> None:
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, state.order_total)
     state.order_total = sum(everyone) % (1 << 256) if dist.get_rank() == 0 else 0
-
-
-def _autocast(setup: Setup) -> Any:
-    precision = setup.experiment.train.precision
-    if precision == "fp32" or (precision == "fp16" and setup.device.type == "cpu"):
-        return nullcontext()
-    return torch.autocast(setup.device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
-
-
-def _seed(setup: Setup, epoch: int, step: int, part: int) -> int:
-    key = f"{setup.experiment.seed}|{epoch}|{step}|{part}".encode()
-    return int.from_bytes(hashlib.sha256(key).digest()[:8], "little") >> 1
 
 
 def _from_rank_0(value: Progress) -> Progress:

@@ -6,9 +6,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import distributed as dist
 
+from scalecv.train.times import PARTS
+
 if TYPE_CHECKING:
     from scalecv.batches.feed import Damaged, Epoch
     from scalecv.train.loop import Setup, State
+    from scalecv.train.times import Times
 
 
 class Meter:
@@ -18,12 +21,13 @@ class Meter:
     not depend on where a run was stopped.
     """
 
-    def __init__(self, setup: "Setup", batches: "Epoch", start: int) -> None:
+    def __init__(self, setup: "Setup", batches: "Epoch", start: int, times: "Times") -> None:
         self.setup, self.batches, self.steps, self.told_step = setup, batches, batches.plan.steps, start
+        self.times = times
         self.began = self.last = time.perf_counter()
         self.losses: list[torch.Tensor] = []
-        self.rows, self.seen_wait_s = 0, 0.0
-        self.point = {"loss": 0.0, "rows": 0.0, "wait_s": 0.0}
+        self.rows, self.seen_wait_s, self.seen_decode_s = 0, 0.0, 0.0
+        self.point = dict.fromkeys(("loss", "rows", "steps", "wait", "decode", *PARTS), 0.0)
         self.rows_seen, self.wait_s = 0.0, 0.0
         self.damaged: dict[tuple[str, int], Damaged] = {}
         self.untold: list[Damaged] = []
@@ -39,19 +43,30 @@ class Meter:
         waited, self.seen_wait_s = self.batches.wait_s - self.seen_wait_s, self.batches.wait_s
         news = self.batches.damaged[self.sent :]
         self.sent += len(news)
-        numbers = torch.tensor([self.rows, waited, len(news)], dtype=torch.float64)
+        decoded, self.seen_decode_s = self.batches.decode_s - self.seen_decode_s, self.batches.decode_s
+        # The losses come to the host, so the device has finished, and its times are known.
         losses = torch.stack(self.losses).double().cpu() if self.losses else torch.zeros(0, dtype=torch.float64)
+        mine = [
+            self.rows,
+            len(news),
+            waited,
+            decoded,
+            *self.times.take(),
+        ]
+        numbers = torch.tensor(mine, dtype=torch.float64)
         everyone = [part.tolist() for part in _all(torch.cat([numbers, losses]), self.setup.device)]
+        self.point["steps"] += len(self.losses)
         self.losses, self.rows = [], 0
-        rows, waited, damaged = (sum(part[at] for part in everyone) for at in range(3))
+        rows, damaged, waited, *took = (sum(part[at] for part in everyone) for at in range(len(mine)))
         if damaged:
             self._learn(news)
-        for of_step in zip(*(part[3:] for part in everyone), strict=True):
+        for of_step in zip(*(part[len(mine) :] for part in everyone), strict=True):
             state.epoch_loss += sum(of_step)
             self.point["loss"] += sum(of_step)
         state.epoch_rows += rows
         self.point["rows"] += rows
-        self.point["wait_s"] += waited
+        for name, seconds in zip(("wait", "decode", *PARTS), (waited, *took), strict=True):
+            self.point[name] += seconds
         self.rows_seen, self.wait_s = self.rows_seen + rows, self.wait_s + waited
 
     def _learn(self, news: list["Damaged"]) -> None:
@@ -71,13 +86,15 @@ class Meter:
         self.gather(state)
         now = time.perf_counter()
         took, self.last = now - self.last, now
-        rows, waited = self.point["rows"], self.point["wait_s"]
+        rows, waited = self.point["rows"], self.point["wait"]
+        shares = self.setup.ranks * max(1.0, self.point["steps"])
         point = {
             "train/batch_loss": self.point["loss"] / max(1.0, rows),
             "train/lr": lr,
             "train/grad_norm": norm,
             "system/images_per_s": rows / max(took, 1e-9),
             "system/data_wait_share": waited / self.setup.ranks / max(took, 1e-9),
+            **{f"time/{name}_s": self.point[name] / shares for name in ("decode", *PARTS)},
         }
         self.point = dict.fromkeys(self.point, 0.0)
         if self.setup.device.type == "cuda":
@@ -98,6 +115,9 @@ class Meter:
         state.recent.append(events[0])
         events += [{"kind": "progress", "message": f"{one.rows} rows left out: {one.reason}"} for one in self.untold]
         self.untold = []
+        notes = self.batches.decoders.notes
+        while notes:
+            events.append({"kind": "progress", "message": notes.pop(0)})
         self.setup.report([*events, *self.setup.saver.written()])
 
     def _left_s(self, state: "State", took: float) -> float:

@@ -11,7 +11,11 @@ if TYPE_CHECKING:
 
 
 def build_optimizer(model: "torch.nn.Module", train: Train) -> "torch.optim.Optimizer":
-    """The optimiser of an experiment; vectors (biases, normalisation) are left out of weight decay."""
+    """The optimiser of an experiment; vectors (biases, normalisation) are left out of weight decay.
+
+    It is torch's fused one where device and type of all weights have it, else its default. The fused ones read
+    gradients as they lie in memory: see `match_layouts`.
+    """
     import torch
 
     learns = [p for p in model.parameters() if p.requires_grad]
@@ -19,10 +23,30 @@ def build_optimizer(model: "torch.nn.Module", train: Train) -> "torch.optim.Opti
         {"params": [p for p in learns if p.ndim > 1], "weight_decay": train.weight_decay},
         {"params": [p for p in learns if p.ndim <= 1], "weight_decay": 0.0},
     ]
+    kinds = {(p.device.type, p.dtype) for p in learns}
+    fused = True if kinds <= {(device, torch.float32) for device in ("cuda", "cpu")} else None
     if train.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum, nesterov=train.momentum > 0)
+        return torch.optim.SGD(groups, train.lr, train.momentum, nesterov=train.momentum > 0, fused=fused)
     kind = torch.optim.AdamW if train.optimizer == "adamw" else torch.optim.Adam
-    return kind(groups, lr=train.lr)
+    return kind(groups, lr=train.lr, fused=fused)
+
+
+def match_layouts(optimizer: "torch.optim.Optimizer") -> None:
+    """Lay each gradient out in memory as its weight.
+
+    A fused optimiser of torch 2.15 takes the two as rows of numbers; where one is channels_last and the other is not
+    it would give every number to another weight, without an error.
+    """
+    import torch
+
+    for group in optimizer.param_groups:
+        for weight in group["params"] if group.get("fused") else ():
+            gradient = weight.grad
+            if gradient is None or gradient.stride() == weight.stride():
+                continue
+            sides = zip(weight.shape, weight.stride(), gradient.stride(), strict=True)
+            if any(length > 1 and one != other for length, one, other in sides):
+                weight.grad = torch.empty_like(weight).copy_(gradient)
 
 
 def learning_rate(train: Train, update: int, steps_per_epoch: int, plateau_scale: float = 1.0) -> float:

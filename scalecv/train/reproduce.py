@@ -23,6 +23,7 @@ MAY_CHANGE = (
     "data.uri",
     "data.get",
     "data.reader",
+    "data.decode",
     "data.decode_threads",
     "train.threads",
     "scale.",

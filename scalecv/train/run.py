@@ -220,7 +220,7 @@ def _run_workers(
     check_names(experiment)
     if experiment.scale.workers == 0:
         check_network(experiment, manifest)
-        if reader == "ray":
+        if reader == "ray" or experiment.data.decode == "cluster":
             runtime.connect(code_dirs=code_dirs)
         _run_here(experiment, run, path, reader, stop)
         return

@@ -117,6 +117,7 @@ def _go_on(experiment: Experiment, uri: str, told: dict[str, Any]) -> Run:
             "data.uri",
             "data.get",
             "data.reader",
+            "data.decode",
             "data.decode_threads",
             "data.max_bad",
             "train.epochs",

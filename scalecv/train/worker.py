@@ -19,6 +19,7 @@ from scalecv.config import Experiment
 from scalecv.errors import ConfigError
 from scalecv.models import build_model, required_multiple
 from scalecv.models.losses import balanced_weights
+from scalecv.models.recompute import recompute_blocks
 from scalecv.shards.store import Dataset, open_dataset
 from scalecv.tasks import TASKS
 from scalecv.tasks.task import Task
@@ -74,11 +75,13 @@ def _work(
     torch.set_num_threads(threads_per_rank(experiment.train.threads or fixed, place.ranks_on_node))
     if experiment.train.exact:
         exact.use_fixed_kernels(place.device)
-    dataset = open_dataset(experiment.data.uri, job.dataset_version)
+    dataset = open_dataset(experiment.data.uri, job.dataset_version, experiment.cache)
     task = TASKS[experiment.task]
     pixels = pixels_of(dataset.manifest, experiment.data, experiment.data.uri)
     setup = _setup(job, place, dataset, task, pixels, report, requests, watchdog)
     state, notes = _start(setup, job, place, pixels)
+    if experiment.cache.dir and dataset.cache is None:
+        notes.append(f"cache.dir is not used: {dataset.uri} lies on a disk, not in a bucket")
     facts = worker_facts(place.ranks, place.device, state.updates)
     said: list[Event] = [{"kind": "progress", "message": note} for note in notes]
     report([_processes(), {"kind": "tags", "tags": facts}, *said, *state.recent])  # known points are not sent twice
@@ -132,6 +135,7 @@ def _setup(
             window_mb=experiment.data.window_mb,
             threads=threads_per_rank(experiment.data.decode_threads, place.ranks_on_node),
             max_bad=experiment.data.max_bad if split == "train" else 0.0,
+            decode=experiment.data.decode,
         )
         for split, rows in manifest.splits.items()
         if rows
@@ -167,9 +171,12 @@ def _setup(
 
 
 def _reader(wanted: str, feed: Feed) -> str:
-    """Ray Data where it pays: a split that fits into the window is read once, and starting Ray Data takes longer."""
+    """Ray Data where it pays: a split that fits into the window is read once, and starting Ray Data takes longer.
+
+    With a cache the threads read, for it is this node's: Ray Data's tasks run on any, and keep there what they read.
+    """
     if wanted == "auto":
-        return "threads" if feed.keeps else "ray"
+        return "threads" if feed.keeps or feed.dataset.cache else "ray"
     return wanted
 
 
@@ -185,6 +192,8 @@ def _start(setup: Setup, job: Job, place: Place, pixels: Pixels) -> tuple[State,
     ).to(setup.device)
     if train.exact:
         exact.check(model)
+    if train.recompute:
+        recompute_blocks(model, experiment.model.arch)
     if train.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if train.precision == "fp16" and setup.device.type == "cpu":

@@ -145,7 +145,7 @@ def test_the_order_is_walked_only_as_far_as_a_stretch_needs(dataset, monkeypatch
             asked.append(group)
             yield group
 
-    groups = feed(dataset).groups()
+    groups = feed(dataset).groups
     size = ray_reader._size(*groups[0])
     stretch = ray_reader._Stretch.__new__(ray_reader._Stretch)
     monkeypatch.setattr(ray_reader.ray.data, "read_datasource", lambda *a, **k: _Nothing())

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from scalecv.config import Train
-from scalecv.train.optim import Progress, build_optimizer, learning_rate
+from scalecv.train import exact
+from scalecv.train.optim import Progress, build_optimizer, learning_rate, match_layouts
 
 
 def test_cosine_with_warm_up_equals_torch():
@@ -70,3 +71,45 @@ def test_vectors_do_not_decay(name):
     optimizer = build_optimizer(model, Train(optimizer=name, weight_decay=0.1))
     assert [len(g["params"]) for g in optimizer.param_groups] == [1, 3]
     assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0.0]
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+def test_a_gradient_in_another_memory_format_reaches_its_own_weights(name):
+    """As torch's loop does it, one weight at a time."""
+    torch.manual_seed(0)
+    start, gradient = torch.randn(8, 4, 3, 3), torch.randn(8, 4, 3, 3)
+    ends = []
+    for memory in (torch.contiguous_format, torch.channels_last):
+        model = torch.nn.Conv2d(4, 8, 3, bias=False).to(memory_format=memory)
+        model.weight.data.copy_(start)
+        optimizer = build_optimizer(model, Train(optimizer=name, lr=0.1))
+        assert optimizer.defaults["fused"]
+        for _ in range(3):
+            model.weight.grad = gradient.clone()
+            match_layouts(optimizer)
+            optimizer.step()
+        ends.append(model.weight.detach().clone())
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[name]
+    weight = torch.nn.Parameter(start.clone())
+    more = {"momentum": 0.9, "nesterov": True} if name == "sgd" else {}
+    plain = kind([weight], lr=0.1, weight_decay=Train().weight_decay, foreach=False, **more)
+    for _ in range(3):
+        weight.grad = gradient.clone()
+        plain.step()
+    for end in ends:
+        assert torch.allclose(end, weight, rtol=1e-5, atol=1e-6)
+
+
+def test_exact_gradients_lie_in_memory_as_their_weights():
+    model = torch.nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last)
+    images = torch.randn(4, 4, 8, 8)
+
+    def backward(rows, _):
+        loss = model(images[rows]).square().sum()
+        loss.backward()
+        return loss.detach()
+
+    exact.gradients(model, 4, 0, 1, backward)
+    assert model.weight.grad.stride() == model.weight.stride()
+    plain = torch.autograd.grad(model(images).square().sum(), model.weight)[0]
+    assert torch.allclose(model.weight.grad, plain, rtol=1e-5, atol=1e-4)

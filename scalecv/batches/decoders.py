@@ -1,0 +1,169 @@
+"""Who decodes: threads of the training process, and free CPUs of the cluster where training would wait for them.
+
+The pixels of a row depend on its bytes and its draws alone, so it does not matter who makes them: a batch goes to the
+threads while they have little to do, and else to a Ray task on any node. A task that does not answer in time, because
+its node is gone or its CPU was taken, is done here again.
+"""
+
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from scalecv.batches.collate import Row, fill
+from scalecv.batches.pixels import Pixels
+from scalecv.errors import IntegrityError
+from scalecv.schema import Batch
+
+LOCAL_BATCHES = 2
+"""Batches that the threads have before others are given away."""
+PATIENCE_S = 5.0
+"""Seconds that a batch may be late before it is decoded here."""
+LOOK_S, LOOK_BATCHES, WAITS = 5.0, 10, 0.1
+"""Training is looked at over so many seconds and batches; from this share of waiting on the cluster is asked."""
+
+
+class Pending(Protocol):
+    """A batch on its way."""
+
+    def wait(self) -> tuple[Batch, float]:
+        """The batch without `valid` and `position`, and the seconds it took to decode."""
+        ...
+
+
+class Decoders:
+    """Decodes the batches of one feed; closing it ends the threads."""
+
+    def __init__(self, how: Pixels, threads: int, mode: str, ranks: int, chosen: list[int]) -> None:
+        """Start the threads.
+
+        Args:
+            how: what pixels are wanted.
+            threads: of this process.
+            mode: trainer (threads alone), cluster, or auto (the cluster once training waits).
+            ranks: that share the cluster's free CPUs.
+            chosen: holds the number of them once they are asked; shared by the epochs of a feed.
+        """
+        self.how, self.threads, self.mode, self.ranks, self.chosen = how, threads, mode, ranks, chosen
+        self.notes: list[str] = []
+        """What was chosen and why; taken by whoever tells it."""
+        self.given_away = 0
+        """Batches that tasks decoded."""
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        self._here, self._away = 0, 0
+        self._since, self._waited, self._seen = time.perf_counter(), 0.0, 0
+        if mode == "cluster" and not chosen:
+            self._ask("data.decode=cluster")
+
+    @property
+    def helpers(self) -> int:
+        """CPUs of the cluster that decode for this feed."""
+        return self.chosen[0] if self.chosen else 0
+
+    def _ask(self, why: str) -> None:
+        free = free_cpus()
+        if free:
+            self.chosen.append(max(1, free // self.ranks))
+            self.notes.append(f"{why}: {self.helpers} free CPUs of the cluster decode beside {self.threads} threads")
+
+    def start(self, rows: list[Row], seeds: tuple[int, int] | None) -> Pending:
+        """Begin with a batch."""
+        if self.helpers and self._here >= LOCAL_BATCHES and self._away <= self.helpers:
+            self._away += 1
+            return _Away(self, rows, seeds)
+        self._here += 1
+        return _Here(self, fill(rows, self.how, seeds, self._pool, 2 * self.threads))
+
+    def waited(self, seconds: float) -> None:
+        """Hear how long the consumer waited for a batch."""
+        self._waited, self._seen = self._waited + seconds, self._seen + 1
+        now = time.perf_counter()
+        if now - self._since < LOOK_S or self._seen < LOOK_BATCHES:
+            return
+        share = self._waited / (now - self._since)
+        self._since, self._waited, self._seen = now, 0.0, 0
+        if self.mode == "auto" and not self.helpers and share > WAITS:
+            self._ask(f"training waited {share:.0%} of the time for its images")
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def here(self, rows: list[Row], seeds: tuple[int, int] | None) -> tuple[Batch, float]:
+        """Decode a batch by the threads, now."""
+        return fill(rows, self.how, seeds, self._pool, 2 * self.threads).wait()
+
+    def done(self, *, here: bool) -> None:
+        """A batch was taken."""
+        if here:
+            self._here -= 1
+        else:
+            self._away -= 1
+
+
+class _Here:
+    def __init__(self, decoders: Decoders, filling: Pending) -> None:
+        self._decoders, self._filling = decoders, filling
+
+    def wait(self) -> tuple[Batch, float]:
+        try:
+            return self._filling.wait()
+        finally:
+            self._decoders.done(here=True)
+
+
+class _Away:
+    def __init__(self, decoders: Decoders, rows: list[Row], seeds: tuple[int, int] | None) -> None:
+        import ray
+
+        self._decoders, self._rows, self._seeds = decoders, rows, seeds
+        task = ray.remote(num_cpus=1, max_retries=2, scheduling_strategy="SPREAD")(_decode)
+        self._answer = task.remote(rows, decoders.how, seeds)
+
+    def wait(self) -> tuple[Batch, float]:
+        import ray
+
+        try:
+            ready, _ = ray.wait([self._answer], timeout=PATIENCE_S)
+            if not ready:
+                ray.cancel(self._answer)
+                return self._decoders.here(self._rows, self._seeds)
+            try:
+                image, mask, label, took = ray.get(self._answer)
+            except IntegrityError:
+                raise
+            except ray.exceptions.RayError:
+                return self._decoders.here(self._rows, self._seeds)
+            self._decoders.given_away += 1
+        finally:
+            self._decoders.done(here=False)
+        batch: Batch = {
+            "image": torch.from_numpy(image.copy()).permute(0, 3, 1, 2),  # Ray's memory can only be read
+            "id": [row.id for row in self._rows],
+            "path": [row.path for row in self._rows],
+        }
+        if mask is not None:
+            batch["mask"] = torch.from_numpy(mask.copy())
+        elif label is not None:
+            batch["label"] = torch.from_numpy(label.copy())
+        return batch, took
+
+
+def free_cpus() -> int:
+    """CPUs of the Ray cluster that nobody has reserved; 0 without one."""
+    ray = sys.modules.get("ray")  # whoever runs on Ray has imported it
+    return int(ray.available_resources().get("CPU", 0)) if ray and ray.is_initialized() else 0
+
+
+def _decode(
+    rows: list[Row], how: Pixels, seeds: tuple[int, int] | None
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None, float]:
+    """A batch in a task of one CPU: pixels [B, H, W, C], masks or labels, and the seconds it took."""
+    torch.set_num_threads(1)
+    with ThreadPoolExecutor(1) as pool:
+        batch, took = fill(rows, how, seeds, pool, 1).wait()
+    arrays: dict[str, Any] = {name: batch[name].numpy() for name in ("mask", "label") if name in batch}
+    return batch["image"].permute(0, 2, 3, 1).numpy(), arrays.get("mask"), arrays.get("label"), took

@@ -1,0 +1,79 @@
+"""Whoever decodes, the batches are the same; and a batch that does not come back is decoded here."""
+
+import time
+
+import pytest
+import ray
+import torch
+
+from scalecv.batches import decoders
+from scalecv.batches.decoders import Decoders
+from scalecv.errors import IntegrityError
+from tests.batches.test_collate import pixels, rows
+
+HOW = pixels(resized_crop=(0.2, 1.0), hflip=0.5)
+
+
+def equal(one, other):
+    assert one.keys() == other.keys() and one["id"] == other["id"]
+    assert torch.equal(one["image"], other["image"]) and torch.equal(one["label"], other["label"])
+    assert one["image"].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.fixture
+def threads():
+    made = Decoders(HOW, 2, "trainer", 1, [])
+    yield made
+    made.close()
+
+
+def test_without_a_cluster_the_threads_decode(threads, monkeypatch):
+    monkeypatch.setattr(decoders, "free_cpus", lambda: 0)  # another test may have left a cluster
+    alone = Decoders(HOW, 2, "cluster", 1, [])
+    assert (alone.helpers, alone.notes) == (0, [])
+    equal(alone.start(rows(), (3, 1)).wait()[0], threads.start(rows(), (3, 1)).wait()[0])
+    alone.close()
+
+
+def test_the_cluster_is_asked_once_training_waits(monkeypatch):
+    monkeypatch.setattr(decoders, "LOOK_S", 0.0)
+    monkeypatch.setattr(decoders, "free_cpus", lambda: 6)
+    chosen: list[int] = []
+    watched = Decoders(HOW, 1, "auto", 2, chosen)
+    for _ in range(decoders.LOOK_BATCHES):
+        watched.waited(0.0)
+    assert not watched.helpers
+    for _ in range(decoders.LOOK_BATCHES):
+        watched.waited(0.1)
+    assert watched.helpers == 3 and "training waited" in watched.notes[0]
+    later = Decoders(HOW, 1, "auto", 2, chosen)
+    assert (later.helpers, later.notes) == (3, [])
+    for one in (watched, later):
+        one.close()
+
+
+def test_tasks_decode_what_threads_would(ray_local, threads, monkeypatch):
+    made = Decoders(HOW, 1, "cluster", 1, [])
+    assert made.helpers == 2 and "2 free CPUs" in made.notes[0]
+    expected = threads.start(rows(), (3, 1)).wait()[0]
+    monkeypatch.setattr(decoders, "LOCAL_BATCHES", 0)
+    monkeypatch.setattr(decoders, "PATIENCE_S", 60.0)
+    for batch, took in [pending.wait() for pending in [made.start(rows(), (3, 1)) for _ in range(2)]]:
+        equal(batch, expected)
+        assert took > 0
+    assert made.given_away == 2
+    broken = rows()
+    broken[5] = type(broken[5])("bad", "bad.x", "here", b"\xff\xd8\xff", None, None, "a")
+    with pytest.raises(IntegrityError, match="row bad"):
+        made.start(broken, (3, 1)).wait()
+
+    # Every CPU is taken: what was given away is decoded here.
+    monkeypatch.setattr(decoders, "PATIENCE_S", 0.2)
+    busy = [ray.remote(num_cpus=1)(lambda: time.sleep(600)).remote() for _ in range(2)]
+    while decoders.free_cpus():
+        time.sleep(0.05)
+    equal(made.start(rows(), (3, 1)).wait()[0], expected)
+    assert made.given_away == 2
+    for task in busy:
+        ray.cancel(task, force=True)
+    made.close()
