@@ -1,17 +1,20 @@
 """`scalecv submit VERB …`: the same command as a Ray job, with its files, environment and token handled."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
 import secrets
 import shlex
+import signal
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 from urllib.parse import urlsplit
@@ -24,6 +27,7 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 NOT_AS_A_JOB = ("submit", "ui")
 ANSWER_S = 10.0
 INTERRUPTED = 75
+PATIENT_INTERRUPTS = 3
 
 
 def submit(
@@ -180,28 +184,46 @@ def _client(server: str, token: str | None) -> Any:
 def _follow(client: Any, job: str, server: str, out: TextIO, *, wants_json: bool) -> int:
     """Stream the lines until the job ends; the first Ctrl-C tells how to leave, the second leaves."""
     lines = _Lines(wants_json)
-    asked = False
-    while True:
-        try:
-            info = _until_end(client, job, lines)
-            break
-        except KeyboardInterrupt:
-            if asked:
-                _say(f"left; the job goes on. {_how_to(job, server)}")
-                return INTERRUPTED
-            asked = True
+    with _counted_interrupts() as interrupts:
+        info = _until_end(client, job, lines, lambda: len(interrupts) > 0)
+        if info is None:
             _say(f"the job goes on; Ctrl-C once more leaves it running. {_how_to(job, server)}")
+            info = _until_end(client, job, lines, lambda: len(interrupts) > 1)
+        if info is None:
+            _say(f"left; the job goes on. {_how_to(job, server)}")
+            return INTERRUPTED
     if lines.result is not None:
         out.write(redact.clean(lines.result) + "\n")
         out.flush()
     return _exit_code(info)
 
 
-def _until_end(client: Any, job: str, lines: "_Lines") -> Any:
+@contextlib.contextmanager
+def _counted_interrupts() -> Iterator[list[int]]:
+    """Ctrl-C is written down: as an exception it gets lost where a library is busy closing a connection."""
+    heard: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield heard
+        return
+
+    def hear(number: int, _: object) -> None:
+        heard.append(number)
+        if len(heard) > PATIENT_INTERRUPTS:  # something waits for a server that does not answer
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, hear)
+    try:
+        yield heard
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _until_end(client: Any, job: str, lines: "_Lines", interrupted: Callable[[], bool]) -> Any:
+    """What is known of the job once it has ended; None as soon as somebody interrupts."""
     lost_s = 0.0
-    while True:
+    while not interrupted():
         try:
-            asyncio.run(_tail(client, job, lines))
+            asyncio.run(_tail(client, job, lines, interrupted))
             info = client.get_job_info(job)
             if info.status.is_terminal():
                 lines.take(client.get_job_logs(job))
@@ -212,15 +234,26 @@ def _until_end(client: Any, job: str, lines: "_Lines") -> Any:
             if lost_s > 120:
                 raise ScalecvError(f"the job server does not answer any more ({error}); job {job} may go on") from None
             time.sleep(1)
-        time.sleep(1)
+        if not interrupted():
+            time.sleep(1)
+    return None
 
 
-async def _tail(client: Any, job: str, lines: "_Lines") -> None:
-    """Pass on the log from its beginning; what was shown before is passed over."""
-    whole = ""
-    async for chunk in client.tail_job_logs(job):
-        whole += chunk
-        lines.take(whole)
+async def _tail(client: Any, job: str, lines: "_Lines", interrupted: Callable[[], bool]) -> None:
+    """Pass on the log from its beginning until it ends or somebody interrupts; what was shown before is passed over."""
+
+    async def read() -> None:
+        whole = ""
+        async for chunk in client.tail_job_logs(job):
+            whole += chunk
+            lines.take(whole)
+
+    reading = asyncio.ensure_future(read())
+    while not reading.done() and not interrupted():
+        await asyncio.wait([reading], timeout=0.2)
+    if reading.done():
+        reading.result()
+    reading.cancel()
 
 
 class _Lines:

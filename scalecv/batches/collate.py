@@ -4,8 +4,10 @@ Pixels stay in the dtype of the files until they are on the device; that is a qu
 float32, and normalising there costs next to nothing.
 """
 
+import math
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -146,12 +148,42 @@ class Row:
     label: str | None
 
 
+class Blocks:
+    """Memory of batches that nobody holds any more, for the next ones: touching new pages costs a tenth of decoding."""
+
+    def __init__(self, most: int = 8) -> None:
+        """Keep up to `most` blocks."""
+        self._most, self._free = most, list[np.ndarray]()
+
+    def tensor(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> torch.Tensor:
+        """Memory of any content, which comes back once neither the tensor nor a view of it is left."""
+        size = math.prod(shape) * dtype.itemsize
+        try:
+            block = self._free.pop()
+        except IndexError:
+            block = np.empty(0, np.uint8)
+        if block.nbytes != size:
+            block = np.empty(size, np.uint8)
+        array = block.view(dtype).reshape(shape)
+        weakref.finalize(array, self._take_back, block)  # the tensor holds this very array
+        return torch.from_numpy(array)
+
+    def _take_back(self, block: np.ndarray) -> None:
+        if len(self._free) < self._most:
+            self._free.append(block)
+
+
 def fill(
-    rows: list[Row], how: Pixels, seeds: tuple[int, int] | None, pool: ThreadPoolExecutor, parts: int
+    rows: list[Row],
+    how: Pixels,
+    seeds: tuple[int, int] | None,
+    pool: ThreadPoolExecutor,
+    parts: int,
+    blocks: Blocks | None = None,
 ) -> "Filling":
     """Start decoding a batch on `pool`; `Filling.wait` gives it. `seeds`: (seed, epoch), None does not augment."""
     numbers = {name: place for place, name in enumerate(how.classes)}
-    memory = _Memory(len(rows), how)
+    memory = _Memory(len(rows), how, blocks or Blocks(0))
     masks: list[Any] = [None] * len(rows)
 
     def work(first: int) -> float:
@@ -178,16 +210,16 @@ def fill(
 class _Memory:
     """The pixels of one batch: height, width, channel in memory, as decoders write and channels_last wants."""
 
-    def __init__(self, rows: int, how: Pixels) -> None:
-        self._rows, self._lock = rows, threading.Lock()
-        self._dtype: torch.dtype = getattr(torch, how.dtype)
+    def __init__(self, rows: int, how: Pixels, blocks: Blocks) -> None:
+        self._rows, self._lock, self._blocks = rows, threading.Lock(), blocks
+        self._dtype = np.dtype(how.dtype)
         self._pixels: torch.Tensor | None = None
         self._shapes: set[tuple[int, ...]] = set()
         if how.size_px:
             self._allocate((how.size_px, how.size_px, how.channels))
 
     def _allocate(self, shape: tuple[int, ...]) -> torch.Tensor:
-        self._pixels = torch.empty((self._rows, *shape), dtype=self._dtype)
+        self._pixels = self._blocks.tensor((self._rows, *shape), self._dtype)
         return self._pixels
 
     def at(self, row: int) -> torch.Tensor | None:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from scalecv.batches.collate import Row, fill
+from scalecv.batches.collate import Blocks, Row, fill
 from scalecv.batches.pixels import Pixels
 from scalecv.errors import IntegrityError
 from scalecv.schema import Batch
@@ -24,6 +24,15 @@ PATIENCE_S = 5.0
 """Seconds that a batch may be late before it is decoded here."""
 LOOK_S, LOOK_BATCHES, WAITS = 5.0, 10, 0.1
 """Training is looked at over so many seconds and batches; from this share of waiting on the cluster is asked."""
+
+
+class Shared:
+    """What the epochs of a feed have in common."""
+
+    def __init__(self) -> None:
+        self.helpers = 0
+        """CPUs of the cluster that decode for this feed, once they are asked."""
+        self.blocks = Blocks()
 
 
 class Pending(Protocol):
@@ -37,7 +46,7 @@ class Pending(Protocol):
 class Decoders:
     """Decodes the batches of one feed; closing it ends the threads."""
 
-    def __init__(self, how: Pixels, threads: int, mode: str, ranks: int, chosen: list[int]) -> None:
+    def __init__(self, how: Pixels, threads: int, mode: str, ranks: int, shared: Shared) -> None:
         """Start the threads.
 
         Args:
@@ -45,9 +54,9 @@ class Decoders:
             threads: of this process.
             mode: trainer (threads alone), cluster, or auto (the cluster once training waits).
             ranks: that share the cluster's free CPUs.
-            chosen: holds the number of them once they are asked; shared by the epochs of a feed.
+            shared: what other epochs of the feed have chosen and kept.
         """
-        self.how, self.threads, self.mode, self.ranks, self.chosen = how, threads, mode, ranks, chosen
+        self.how, self.threads, self.mode, self.ranks, self.shared = how, threads, mode, ranks, shared
         self.notes: list[str] = []
         """What was chosen and why; taken by whoever tells it."""
         self.given_away = 0
@@ -55,18 +64,18 @@ class Decoders:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self._here, self._away = 0, 0
         self._since, self._waited, self._seen = time.perf_counter(), 0.0, 0
-        if mode == "cluster" and not chosen:
+        if mode == "cluster" and not shared.helpers:
             self._ask("data.decode=cluster")
 
     @property
     def helpers(self) -> int:
         """CPUs of the cluster that decode for this feed."""
-        return self.chosen[0] if self.chosen else 0
+        return self.shared.helpers
 
     def _ask(self, why: str) -> None:
         free = free_cpus()
         if free:
-            self.chosen.append(max(1, free // self.ranks))
+            self.shared.helpers = max(1, free // self.ranks)
             self.notes.append(f"{why}: {self.helpers} free CPUs of the cluster decode beside {self.threads} threads")
 
     def start(self, rows: list[Row], seeds: tuple[int, int] | None) -> Pending:
@@ -75,7 +84,7 @@ class Decoders:
             self._away += 1
             return _Away(self, rows, seeds)
         self._here += 1
-        return _Here(self, fill(rows, self.how, seeds, self._pool, 2 * self.threads))
+        return _Here(self, self._fill(rows, seeds))
 
     def waited(self, seconds: float) -> None:
         """Hear how long the consumer waited for a batch."""
@@ -94,7 +103,10 @@ class Decoders:
 
     def here(self, rows: list[Row], seeds: tuple[int, int] | None) -> tuple[Batch, float]:
         """Decode a batch by the threads, now."""
-        return fill(rows, self.how, seeds, self._pool, 2 * self.threads).wait()
+        return self._fill(rows, seeds).wait()
+
+    def _fill(self, rows: list[Row], seeds: tuple[int, int] | None) -> Pending:
+        return fill(rows, self.how, seeds, self._pool, 2 * self.threads, self.shared.blocks)
 
     def done(self, *, here: bool) -> None:
         """A batch was taken."""

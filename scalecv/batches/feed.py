@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from scalecv.batches.collate import Row
-from scalecv.batches.decoders import Decoders
+from scalecv.batches.decoders import Decoders, Shared
 from scalecv.batches.pixels import Pixels
 from scalecv.batches.plan import Plan, order_key
 from scalecv.batches.reader import READERS, Groups, read_or_error
@@ -73,8 +73,7 @@ class Feed:
     """Share of the split's rows that training may leave out because they cannot be read."""
     _kept: dict[int, Any] = field(default_factory=dict, compare=False, repr=False)
     """Row groups of a split that fits into the window: read in the first epoch, held for all others."""
-    _helpers: list[int] = field(default_factory=list, compare=False, repr=False)
-    """CPUs of the cluster that decode for this feed, once they do."""
+    _shared: Shared = field(default_factory=Shared, compare=False, repr=False)
 
     @cached_property
     def groups(self) -> Groups:
@@ -163,7 +162,7 @@ class Epoch:
         self._ready: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._room = threading.Condition()
         self._stop = threading.Event()
-        self.decoders = Decoders(feed.pixels, feed.threads, feed.decode, feed.ranks, feed._helpers)
+        self.decoders = Decoders(feed.pixels, feed.threads, feed.decode, feed.ranks, feed._shared)
         self._thread = threading.Thread(target=self._produce, name=f"feed-{feed.split}-{epoch}", daemon=True)
         self._thread.start()
 

@@ -72,3 +72,21 @@ def test_gray_and_rgb_pictures_make_one_batch():
     gray = encoded(PIL.Image.new("L", (50, 30), 77), "JPEG")
     made, _ = batch(pixels(resized_crop=(0.5, 1.0)), [Row("g", "g", "here", gray, None, None, "a"), *rows()[:3]])
     assert made["image"].shape == (4, 3, 24, 24) and made["image"][0].float().std() == 0
+
+
+def test_memory_comes_back_when_nobody_holds_it():
+    blocks = collate.Blocks(2)
+    one = blocks.tensor((4, 8), np.dtype("int16"))
+    place, view = one.data_ptr(), one[2:].permute(1, 0)
+    del one
+    other = blocks.tensor((4, 8), np.dtype("int16"))
+    assert other.data_ptr() != place and view.data_ptr() == place + 2 * 8 * 2
+    held = view.numpy()
+    del view
+    assert blocks.tensor((4, 8), np.dtype("int16")).data_ptr() != place
+    assert held.shape == (8, 2)
+    del held
+    assert place in {blocks.tensor((4, 8), np.dtype("int16")).data_ptr() for _ in range(1)}
+    several = [blocks.tensor((5,), np.dtype("uint8")) for _ in range(6)]
+    several.clear()
+    assert len(blocks._free) == 2

@@ -7,7 +7,7 @@ import ray
 import torch
 
 from scalecv.batches import decoders
-from scalecv.batches.decoders import Decoders
+from scalecv.batches.decoders import Decoders, Shared
 from scalecv.errors import IntegrityError
 from tests.batches.test_collate import pixels, rows
 
@@ -22,14 +22,14 @@ def equal(one, other):
 
 @pytest.fixture
 def threads():
-    made = Decoders(HOW, 2, "trainer", 1, [])
+    made = Decoders(HOW, 2, "trainer", 1, Shared())
     yield made
     made.close()
 
 
 def test_without_a_cluster_the_threads_decode(threads, monkeypatch):
     monkeypatch.setattr(decoders, "free_cpus", lambda: 0)  # another test may have left a cluster
-    alone = Decoders(HOW, 2, "cluster", 1, [])
+    alone = Decoders(HOW, 2, "cluster", 1, Shared())
     assert (alone.helpers, alone.notes) == (0, [])
     equal(alone.start(rows(), (3, 1)).wait()[0], threads.start(rows(), (3, 1)).wait()[0])
     alone.close()
@@ -38,22 +38,22 @@ def test_without_a_cluster_the_threads_decode(threads, monkeypatch):
 def test_the_cluster_is_asked_once_training_waits(monkeypatch):
     monkeypatch.setattr(decoders, "LOOK_S", 0.0)
     monkeypatch.setattr(decoders, "free_cpus", lambda: 6)
-    chosen: list[int] = []
-    watched = Decoders(HOW, 1, "auto", 2, chosen)
+    shared = Shared()
+    watched = Decoders(HOW, 1, "auto", 2, shared)
     for _ in range(decoders.LOOK_BATCHES):
         watched.waited(0.0)
     assert not watched.helpers
     for _ in range(decoders.LOOK_BATCHES):
         watched.waited(0.1)
     assert watched.helpers == 3 and "training waited" in watched.notes[0]
-    later = Decoders(HOW, 1, "auto", 2, chosen)
+    later = Decoders(HOW, 1, "auto", 2, shared)
     assert (later.helpers, later.notes) == (3, [])
     for one in (watched, later):
         one.close()
 
 
 def test_tasks_decode_what_threads_would(ray_local, threads, monkeypatch):
-    made = Decoders(HOW, 1, "cluster", 1, [])
+    made = Decoders(HOW, 1, "cluster", 1, Shared())
     assert made.helpers == 2 and "2 free CPUs" in made.notes[0]
     expected = threads.start(rows(), (3, 1)).wait()[0]
     monkeypatch.setattr(decoders, "LOCAL_BATCHES", 0)

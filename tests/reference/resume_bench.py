@@ -113,7 +113,7 @@ def main() -> None:
     ask = argparse.ArgumentParser()
     ask.add_argument("--rows", type=int, default=200_000)
     ask.add_argument("--batch", type=int, default=128)
-    ask.add_argument("--window-mb", type=int, default=256)
+    ask.add_argument("--window-mb", type=int, default=128)
     ask.add_argument("--shard-mb", type=int, default=64)
     ask.add_argument("--row-group-mb", type=float, default=4)
     ask.add_argument("--pairs", type=int, default=7)

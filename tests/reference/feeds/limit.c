@@ -2,7 +2,7 @@
    resized with a triangle filter, as Pillow's BILINEAR, straight into the batch. One call does a run of images; it
    takes no lock, so one thread per core can be in it. Decompressor and buffers of a thread live as long as the thread.
 
-   cc -O3 -march=native -ffast-math -shared -fPIC limit.c -o limit.so -ljpeg -lm        (needs AVX2) */
+   cc -O3 -march=native -shared -fPIC limit.c -o limit.so -ljpeg -lm        (needs AVX2) */
 #include <math.h>
 #include <setjmp.h>
 #include <stdint.h>

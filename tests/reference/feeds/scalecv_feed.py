@@ -1,11 +1,14 @@
 """scalecv: planned order, augmentation by sample id, exact resume; row groups of a dataset, threads that decode."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 from tests.reference.feeds.work import SIDE, Epochs, Work, number_of
 
 FORMATS = ("dataset",)
+EPOCHS = 2
+"""One after the other, as training takes them: the first batches of the second are made while the first one ends."""
 
 
 def open_feed(work: Work) -> Epochs:
@@ -20,10 +23,15 @@ def open_feed(work: Work) -> Epochs:
     pixels = pixels_of(dataset.manifest, how, uri)
     feed = Feed(dataset, "train", pixels, work.batch, seed=0, is_training=True, threads=work.workers)
 
+    left = ExitStack()
+    upcoming = left.enter_context(feed.epochs(0, 0, EPOCHS))
+
     def epoch(number: int) -> Iterator[tuple[Any, Any]]:
-        for _, batch in feed.epoch(number):
+        for _, batch in next(upcoming):
             valid = batch["valid"].tolist()
             numbers = [number_of(path) for path, counts in zip(batch["path"], valid, strict=True) if counts]
             yield batch["image"][: len(numbers)], numbers
+        if number == EPOCHS - 1:
+            left.close()
 
     return epoch
