@@ -14,6 +14,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, cast
 
+import pyarrow.parquet  # noqa: F401 - with the feed, not while its first batch is waited for
+
 from scalecv import storage
 from scalecv.errors import IntegrityError
 from scalecv.shards import row_groups
