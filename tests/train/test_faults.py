@@ -336,7 +336,8 @@ def test_tied_weights_reach_the_bundle(shapes, net, tmp_path):
 
 @pytest.mark.chaos
 def test_a_stopped_process_is_noticed_by_the_other(shapes, tmp_path):
-    experiment = shapes(name="still", scale__workers=2, scale__hang_after_s=4, **{**EXACT, "train__epochs": 1000})
+    keys = {**EXACT, "model__norm": "group", "train__epochs": 1000}
+    experiment = shapes(name="still", scale__workers=2, scale__hang_after_s=4, **keys)
     two = ranks.start(experiment, 2, tmp_path)
     wait_for(experiment, 2)
     two[1].send_signal(signal.SIGSTOP)
