@@ -1,0 +1,92 @@
+"""Which dataset, how its images become tensors, and what a node keeps of what it read."""
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from scalecv.config.frozen import Frozen
+
+
+class Augment(Frozen):
+    """Random changes of training images, applied to image and target together.
+
+    Each is drawn from (seed, epoch, sample id) alone, so it is the same on any number of workers.
+    """
+
+    hflip: float = Field(0.0, ge=0, le=1)
+    """Probability of a left-right flip."""
+    vflip: float = Field(0.0, ge=0, le=1)
+    """Probability of an up-down flip."""
+    rot90: bool = False
+    """Rotate by a random multiple of 90 degrees (square images)."""
+    pad_crop_px: int = Field(0, ge=0)
+    """Pad by this many pixels on each side (reflected), then crop back at a random place."""
+    resized_crop: tuple[float, float] | None = None
+    """Crop a random share of the area in this range, then resize to data.size_px."""
+    rotate_deg: float = Field(0.0, ge=0, le=180)
+    """Largest rotation to either side, degrees."""
+    translate: float = Field(0.0, ge=0, le=0.5)
+    """Largest shift to each side, share of the image side."""
+    zoom: float = Field(0.0, ge=0, lt=1)
+    """Largest change of scale: 0.1 means 0.9 to 1.1."""
+    brightness: float = Field(0.0, ge=0, le=1)
+    """Largest relative change of brightness."""
+    contrast: float = Field(0.0, ge=0, le=1)
+    """Largest relative change of contrast."""
+    erase: float = Field(0.0, ge=0, le=1)
+    """Probability of blanking one random rectangle (2 to 20 % of the area) of the image."""
+
+    @field_validator("resized_crop")
+    @classmethod
+    def _share(cls, v: tuple[float, float] | None) -> tuple[float, float] | None:
+        if v is not None and not 0 < v[0] <= v[1] <= 1:
+            raise ValueError("needs 0 < smallest <= largest <= 1")
+        return v
+
+
+class Data(Frozen):
+    """Which dataset, and how its images become tensors."""
+
+    uri: str
+    """Dataset to train on: a path, s3://, gs:// or az:// URI that `scalecv ingest` wrote."""
+    version: int | None = Field(None, ge=0)
+    """Version of the dataset; empty means the newest."""
+    get: str = ""
+    """One line that tells how to get the data, shown when it is not there."""
+    size_px: int | None = Field(None, ge=1, le=8192)
+    """Side of the square that images are resized to; empty keeps the native size, which must then be one size."""
+    resize: Literal["stretch", "crop"] = "stretch"
+    """How a non-square image becomes square: stretch it, or cut its centre."""
+    color: Literal["auto", "rgb", "gray", "native"] = "auto"
+    """Channels of photographs: native ones if all images agree, else rgb; rasters always keep their bands."""
+    bands: tuple[int, ...] | None = None
+    """Bands to use, counted from 1 in the order of the file; empty means all."""
+    augment: Augment = Augment()
+    """Random changes of training images."""
+    window_mb: int = Field(128, ge=1)
+    """Encoded megabytes among which rows are shuffled, over all workers together."""
+    reader: Literal["auto", "ray", "threads"] = "auto"
+    """Who reads row groups: Ray Data, or threads of the training process; auto: Ray Data when Ray Train runs."""
+    decode: Literal["auto", "trainer", "cluster"] = "auto"
+    """Who decodes: threads of the training process, or free CPUs of the cluster too; auto: these if training waits.
+    """
+    decode_threads: int | None = Field(None, ge=1)
+    """Threads that decode images in each training process; empty means its share of the cores."""
+    max_bad: float = Field(0.01, ge=0, le=1)
+    """Share of a split's rows that a run may leave out because their bytes are damaged or gone; more stops it."""
+
+    @field_validator("bands")
+    @classmethod
+    def _bands(cls, v: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if v is not None and (not v or min(v) < 1 or len(set(v)) != len(v)):
+            raise ValueError("needs different band numbers, counted from 1")
+        return v
+
+
+class Cache(Frozen):
+    """A place on each node's disk for what was read from a bucket, shared by all workers and runs of the node."""
+
+    dir: str | None = None
+    """Folder on a local disk; empty reads from the bucket in each epoch."""
+    max_gb: float = Field(50.0, gt=0)
+    """Most gigabytes (10^9 bytes) in the folder; what was used longest ago goes first."""

@@ -1,0 +1,68 @@
+"""One line for each thing that is wrong with an experiment: the key, what was found, what was expected."""
+
+from typing import Any
+
+from pydantic import BaseModel
+
+from scalecv.config.experiment import Experiment
+from scalecv.errors import nearest
+
+
+def explain(where: str, problem: Any) -> str:
+    """What one error of pydantic says, in our words."""
+    path = [str(part) for part in problem["loc"]]
+    key = ".".join(path)
+    if problem["type"] == "extra_forbidden":
+        return f"{where}: unknown key '{key}'{_near_key(path)}"
+    if problem["type"] == "missing":
+        return f"{where}: key '{key}' is missing"
+    found = problem.get("input")
+    said = problem["msg"].removeprefix("Value error, ")
+    said = said[0].lower() + said[1:]
+    if not key or isinstance(found, dict) or "login" in said:
+        return f"{where}: {key + ': ' if key else ''}{said}"
+    return f"{where}: {key}={found!r}: {said}"
+
+
+ELSEWHERE = {
+    "learning_rate": "train.lr",
+    "batch_size": "train.batch",
+    "max_epochs": "train.epochs",
+    "num_epochs": "train.epochs",
+    "num_workers": "data.decode_threads",
+    "amp": "train.precision",
+    "accumulate_grad_batches": "train.micro_batch",
+    "image_size": "data.size_px",
+    "img_size": "data.size_px",
+    "imgsz": "data.size_px",
+    "backbone": "model.encoder",
+    "pretrained": "model.weights",
+    "dataset": "data.uri",
+}
+"""What keys are called in other tools."""
+
+
+def _near_key(path: list[str]) -> str:
+    known = _keys(Experiment)
+    if path[-1] in ELSEWHERE:
+        return f"; did you mean '{ELSEWHERE[path[-1]]}'?"
+    siblings = [k for k in known if k.rpartition(".")[0] == ".".join(path[:-1])]
+    same = nearest(path[-1], [k.rpartition(".")[2] for k in siblings])
+    if same:
+        return same.replace("'", "'" + "".join(p + "." for p in path[:-1]), 1)
+    elsewhere = [k for k in known if k.rpartition(".")[2] == path[-1]]
+    return (
+        f"; did you mean '{elsewhere[0]}'?"
+        if elsewhere
+        else f"; known here: {', '.join(k.rpartition('.')[2] for k in siblings)}"
+    )
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    out: list[str] = []
+    for name, field in model.model_fields.items():
+        inner = field.annotation
+        out.append(prefix + name)
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            out += _keys(inner, f"{prefix}{name}.")
+    return out
