@@ -42,6 +42,11 @@ _off: set["NodeCache"] = set()
 """Caches that this process has given up."""
 
 
+def user_folder() -> Path:
+    """Where what this user's scalecv keeps lies, if no other place is named."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scalecv"
+
+
 @dataclass(frozen=True)
 class NodeCache:
     """A folder of this node with a cap. Plain data: it may go to another process, and to another node's disk."""

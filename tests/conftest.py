@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from scalecv.testing.servers import S3Server
+from scalecv.testing.store_proxy import StoreProxy
 
 DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 _ENDINGS = (".zip", ".tar", ".tar.xz")
@@ -61,6 +62,14 @@ def s3(_s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     for name, value in _s3_server.environment.items():
         monkeypatch.setenv(name, value)
     return _s3_server
+
+
+@pytest.fixture
+def proxy(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[StoreProxy]:
+    """A proxy before the S3 server, which can be told to misbehave."""
+    with StoreProxy(s3.endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        yield proxy
 
 
 @pytest.fixture(scope="session")

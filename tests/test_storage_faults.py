@@ -16,17 +16,10 @@ from scalecv import storage, storage_remote
 from scalecv.errors import ConfigError, IntegrityError, StorageError
 from scalecv.shards.ingest import IngestOptions, ingest
 from scalecv.shards.store import open_dataset, read_rows
-from scalecv.testing.store_proxy import Faults, StoreProxy
+from scalecv.testing.store_proxy import Faults
 from tests.shards.images import class_folders
 
 pytestmark = pytest.mark.e2e
-
-
-@pytest.fixture
-def proxy(s3, monkeypatch):
-    with StoreProxy(s3.endpoint) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        yield proxy
 
 
 @pytest.fixture

@@ -39,7 +39,8 @@ def sample(
         how: bands, size and augmentation.
         u: draws of the sample; None does not augment.
         out: [C, size_px, size_px] in how.dtype, where the image may be written.
-    Returns: image [C, H, W] in how.dtype (memory order H, W, C), mask int64 [H, W] with class numbers or None.
+    Returns: image [C, H, W] in how.dtype (memory order H, W, C), mask int64 [H, W] with class numbers or None. The
+        image may lie in memory of this thread, which its next call writes over.
     """
     share = how.augment.resized_crop if u is not None and how.size_px else None
     array, box = _decoded(image, share if mask is None else None, u)

@@ -6,8 +6,10 @@ its node is gone or its CPU was taken, is done here again.
 """
 
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,9 +32,26 @@ class Shared:
     """What the epochs of a feed have in common."""
 
     def __init__(self) -> None:
-        self.helpers = 0
-        """CPUs of the cluster that decode for this feed, once they are asked."""
         self.blocks = Blocks()
+        self.is_asked = False
+        """Whether CPUs of the cluster were asked to decode."""
+        self._ready, self._called, self._lock = 0, list[Any](), threading.Lock()
+
+    def ask(self, count: int) -> None:
+        """Have processes of the cluster import what decoding needs: that takes seconds, which no batch waits for."""
+        with self._lock:
+            self.is_asked = True
+            self._called = [_task(_ready).remote() for _ in range(count)]
+
+    def helpers(self) -> int:
+        """CPUs of the cluster that are ready to decode for this feed."""
+        with self._lock:
+            if self._called:
+                import ray
+
+                done, self._called = ray.wait(self._called, num_returns=len(self._called), timeout=0)
+                self._ready += len(done)
+            return self._ready
 
 
 class Pending(Protocol):
@@ -64,23 +83,24 @@ class Decoders:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self._here, self._away = 0, 0
         self._since, self._waited, self._seen = time.perf_counter(), 0.0, 0
-        if mode == "cluster" and not shared.helpers:
+        if mode == "cluster" and not shared.is_asked:
             self._ask("data.decode=cluster")
 
     @property
     def helpers(self) -> int:
-        """CPUs of the cluster that decode for this feed."""
-        return self.shared.helpers
+        """CPUs of the cluster that are ready to decode for this feed."""
+        return self.shared.helpers()
 
     def _ask(self, why: str) -> None:
         free = free_cpus()
         if free:
-            self.shared.helpers = max(1, free // self.ranks)
-            self.notes.append(f"{why}: {self.helpers} free CPUs of the cluster decode beside {self.threads} threads")
+            count = max(1, free // self.ranks)
+            self.shared.ask(count)
+            self.notes.append(f"{why}: {count} free CPUs of the cluster decode beside {self.threads} threads")
 
     def start(self, rows: list[Row], seeds: tuple[int, int] | None) -> Pending:
         """Begin with a batch."""
-        if self.helpers and self._here >= LOCAL_BATCHES and self._away <= self.helpers:
+        if self._here >= LOCAL_BATCHES and self._away < self.helpers:
             self._away += 1
             return _Away(self, rows, seeds)
         self._here += 1
@@ -94,7 +114,7 @@ class Decoders:
             return
         share = self._waited / (now - self._since)
         self._since, self._waited, self._seen = now, 0.0, 0
-        if self.mode == "auto" and not self.helpers and share > WAITS:
+        if self.mode == "auto" and not self.shared.is_asked and share > WAITS:
             self._ask(f"training waited {share:.0%} of the time for its images")
 
     def close(self) -> None:
@@ -129,11 +149,8 @@ class _Here:
 
 class _Away:
     def __init__(self, decoders: Decoders, rows: list[Row], seeds: tuple[int, int] | None) -> None:
-        import ray
-
         self._decoders, self._rows, self._seeds = decoders, rows, seeds
-        task = ray.remote(num_cpus=1, max_retries=2, scheduling_strategy="SPREAD")(_decode)
-        self._answer = task.remote(rows, decoders.how, seeds)
+        self._answer = _task(_decode).remote(rows, decoders.how, seeds)
 
     def wait(self) -> tuple[Batch, float]:
         import ray
@@ -168,6 +185,19 @@ def free_cpus() -> int:
     """CPUs of the Ray cluster that nobody has reserved; 0 without one."""
     ray = sys.modules.get("ray")  # whoever runs on Ray has imported it
     return int(ray.available_resources().get("CPU", 0)) if ray and ray.is_initialized() else 0
+
+
+@lru_cache(maxsize=2)
+def _task(function: Any) -> Any:
+    """A function as tasks of one CPU, on all nodes alike."""
+    import ray
+
+    return ray.remote(num_cpus=1, max_retries=2, scheduling_strategy="SPREAD")(function)
+
+
+def _ready() -> None:
+    """What a process of the cluster does first: unpickling this function has imported this module."""
+    import simplejpeg  # noqa: F401
 
 
 def _decode(

@@ -102,15 +102,21 @@ class Feed:
         return Epoch(self, epoch, start)
 
     def tables(self, epoch: int) -> Iterator[Any]:
-        """The row groups of an epoch as they are read, in the planned order; nothing is decoded."""
+        """The row groups of an epoch as they are read, in the planned order; nothing is decoded.
+
+        Raises: IntegrityError: one is damaged.
+        """
         wanted = (group for _, fetch, _ in self.plan(epoch).reads(0, self.rank, self.ranks) for group in fetch)
-        return READERS[self.reader](self.dataset, self.groups, wanted)
+        return map(_whole, READERS[self.reader](self.dataset, self.groups, wanted))
 
     def some_rows(self, most: int) -> list[Row]:
-        """Encoded rows from the beginning of the split."""
+        """Encoded rows from the beginning of the split.
+
+        Raises: IntegrityError: they are damaged.
+        """
         groups, rows = self.groups, list[Row]()
         for number in range(len(groups)):
-            columns = _Columns(groups[number], self.dataset, read_or_error(self.dataset, groups, number))
+            columns = _Columns(groups[number], self.dataset, _whole(read_or_error(self.dataset, groups, number)))
             rows += [columns.row(at) for at in range(min(len(columns.ids), most - len(rows)))]
             if len(rows) >= most:
                 break
@@ -295,6 +301,13 @@ class _Columns:
             nodata=None if self.nodata is None else self.nodata[at].as_py(),
             label=None if self.labels is None else self.labels[at].as_py(),
         )
+
+
+def _whole(table: Any) -> Any:
+    """A row group that was read; an error that was found instead is raised."""
+    if isinstance(table, IntegrityError):
+        raise table
+    return table
 
 
 def _without(reads: Schedule, kept: dict[int, Any] | None) -> Schedule:

@@ -5,7 +5,6 @@ come from a short list, and the image is always decoded to its end.
 """
 
 import io
-import struct
 from dataclasses import dataclass
 from typing import Any, Final, Literal, get_args
 
@@ -43,8 +42,6 @@ MAX_RATIO = 500
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 """What Pillow may open; TIFF goes through rasterio."""
 
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, struct.error, OverflowError)
-"""What Pillow's readers raise on damaged bytes."""
 _ORIENTATION = 0x0112
 _TIFF = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
 _AS = {  # Pillow's mode -> mode that the pixels are given in; others are refused
@@ -153,11 +150,11 @@ def _load(data: bytes) -> Any:
         raise _not_opened(data) from None
     except BadImage:
         raise
-    except _BROKEN as error:
+    except jpeg.BROKEN as error:
         raise BadImage("damaged", _said(error)) from None
     try:
         picture.load()
-    except _BROKEN as error:
+    except jpeg.BROKEN as error:
         said = _said(error)
         raise BadImage("truncated" if "truncat" in said else "damaged", said) from None
     except MemoryError:
@@ -172,7 +169,7 @@ def _upright(picture: Any) -> Any:
     try:
         turned = picture.getexif().get(_ORIENTATION, 1) != 1
         return ImageOps.exif_transpose(picture) if turned else picture
-    except _BROKEN:
+    except jpeg.BROKEN:
         return picture
 
 

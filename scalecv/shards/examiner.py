@@ -13,9 +13,9 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, TypeVar, cast
 
 from scalecv.shards.decode import REASONS, BadImage, Reason
 from scalecv.shards.examine import Facts, examine
@@ -35,6 +35,7 @@ _ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
 }
 
+T = TypeVar("T")
 Sample = tuple[str, bytes, bytes | None]
 """Name, encoded image, encoded mask."""
 
@@ -60,7 +61,7 @@ class Examiner:
         self, samples: Sequence[Sample], declared: Sequence[int] = (), ignore: int | None = None
     ) -> Iterator[Facts | BadImage]:
         """The facts of each sample, or why it is set aside; in order."""
-        for some in _turns(samples):
+        for some in turns(samples, lambda sample: len(sample[1]) + len(sample[2] or b"")):
             if len(some) == 1:
                 yield self._alone(some[0], declared, ignore)
                 continue
@@ -176,15 +177,16 @@ def _examined(name: str, data: bytes, mask: bytes | None, declared: Sequence[int
         return {"reason": "damaged", "detail": f"{type(error).__name__}: {error}"[:200]}
 
 
-def _turns(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
-    held: list[Sample] = []
+def turns(each: Iterable[T], size_bytes: Callable[[T], int]) -> Iterator[list[T]]:
+    """What is examined in one turn: at most TOGETHER, of TOGETHER_BYTES or one alone."""
+    held: list[T] = []
     held_bytes = 0
-    for sample in samples:
-        size = len(sample[1]) + len(sample[2] or b"")
+    for one in each:
+        size = size_bytes(one)
         if held and (held_bytes + size > TOGETHER_BYTES or len(held) >= TOGETHER):
             yield held
             held, held_bytes = [], 0
-        held.append(sample)
+        held.append(one)
         held_bytes += size
     if held:
         yield held

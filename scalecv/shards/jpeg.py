@@ -5,12 +5,15 @@ bytes that libjpeg warns about) is left to Pillow. A crop needs no row below it:
 height in the header of a copy is set to the rows that are needed, and libjpeg-turbo stops there.
 """
 
+import struct
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, struct.error, OverflowError)
+"""What Pillow's readers raise on damaged bytes."""
 _ORIENTATION = 0x0112
 _ROWS_BELOW = 2
 """Rows below the last one that colour is interpolated from."""
@@ -77,7 +80,7 @@ def _is_turned(segment: bytes) -> bool:
     try:
         exif.load(segment)
         return bool(exif.get(_ORIENTATION, 1) != 1)
-    except Exception:
+    except BROKEN:
         return True
 
 

@@ -30,7 +30,6 @@ FACTS = "_facts"
 """Folder below the dataset for manifests, quarantine and notes, each named by its hash."""
 _KEY = "scalecv."
 _CHUNK = 8 << 20
-_footer = row_groups.footers
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,7 @@ def _read_once(
     if columns is not None:
         return _read_columns(path, shard, index, columns)
     (data,) = row_groups.fetch(path, [row_groups.row_group(shard, index)], cache, reads)
-    return row_groups.decode(path, shard, index, data, _footer(path, shard, cache, reads))
+    return row_groups.decode(path, shard, index, data, row_groups.footers(path, shard, cache, reads))
 
 
 def _read_columns(path: str, shard: Shard, index: int, columns: Sequence[str]) -> "pa.Table":
@@ -153,7 +152,7 @@ def _read_columns(path: str, shard: Shard, index: int, columns: Sequence[str]) -
 
     where = f"{path}, row group {index}"
     try:
-        footer = _footer(path, shard)
+        footer = row_groups.footers(path, shard)
         ranges = _ranges(footer.row_group(index), columns)
         parts = [(start, storage.get_range(path, start, end)) for start, end in ranges]
         file = pa.PythonFile(row_groups.Parts(parts, shard.size_bytes), mode="r")

@@ -19,7 +19,7 @@ from scalecv.schema import META
 from scalecv.shards import plan
 from scalecv.shards.decode import BadImage
 from scalecv.shards.examine import Facts
-from scalecv.shards.examiner import TOGETHER, TOGETHER_BYTES, Examiner
+from scalecv.shards.examiner import TOGETHER, Examiner, turns
 from scalecv.shards.plan import UnitSettings
 from scalecv.shards.record import Record
 from scalecv.shards.write import ShardWriter
@@ -179,7 +179,7 @@ def _fetched(source: str, rows: Sequence[dict[str, Any]]) -> Iterator[list[_Row]
     files = size = 0
     with ThreadPoolExecutor(_FETCHES) as pool:
         try:
-            for some in _runs(rows):
+            for some in turns(rows, _size):
                 some_size = sum(map(_size, some))
                 while waiting and (files + len(some) > _FILES_AHEAD or size + some_size > _AHEAD_BYTES):
                     done, done_size, futures = waiting.popleft()
@@ -192,20 +192,6 @@ def _fetched(source: str, rows: Sequence[dict[str, Any]]) -> Iterator[list[_Row]
                 yield [row for future in waiting.popleft()[2] for row in future.result()]
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _runs(rows: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """Rows as they are examined together."""
-    held: list[dict[str, Any]] = []
-    held_bytes = 0
-    for row in rows:
-        if held and (held_bytes + _size(row) > TOGETHER_BYTES or len(held) >= TOGETHER):
-            yield held
-            held, held_bytes = [], 0
-        held.append(row)
-        held_bytes += _size(row)
-    if held:
-        yield held
 
 
 def _size(row: Mapping[str, Any]) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from scalecv import config, storage
+from scalecv import cache, config, storage
 from scalecv.batches.feed import threads_per_rank
 from scalecv.config import Experiment
 from scalecv.shards.store import open_dataset
@@ -86,7 +86,7 @@ def candidate(experiment: Experiment, speeds: Speeds) -> tuple[dict[str, Any], s
     data, train = experiment.data, experiment.train
     if speeds.data_wait_share > WAITS:
         if speeds.bottleneck == "reading" and not storage.is_local(data.uri) and not experiment.cache.dir:
-            return {"cache.dir": "/tmp/scalecv-cache"}, "Any folder on a local disk does."  # noqa: S108 - a proposal
+            return {"cache.dir": str(cache.user_folder())}, "Any folder on a local disk does."
         threads = threads_per_rank(data.decode_threads, 1)
         cores = threads_per_rank(None, 1)
         more = 2 * threads if threads < cores else threads + 1

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scalecv import redact, storage
+from scalecv import cache, redact, storage
 from scalecv.config import Experiment, flatten
 from scalecv.errors import ConfigError, UserError
 from scalecv.shards.store import Dataset, open_dataset
@@ -153,7 +153,7 @@ def local_folder(run: Run) -> Path:
 
 def cache_folder() -> Path:
     """Where the spools of runs on object storage lie."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scalecv" / "runs"
+    return cache.user_folder() / "runs"
 
 
 def lease(experiment: Experiment, say: Callable[[str], None] = log.warning) -> contextlib.AbstractContextManager[Lease]:

@@ -10,7 +10,7 @@ from scalecv.batches.feed import Feed
 from scalecv.batches.pixels import pixels_of
 from scalecv.config import Data
 from scalecv.errors import IntegrityError
-from scalecv.shards import store
+from scalecv.shards import row_groups, store
 from scalecv.shards.ingest import IngestOptions, ingest
 from scalecv.shards.store import open_dataset
 from tests.shards.images import class_folders
@@ -31,7 +31,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture
 def dataset(whole, tmp_path):
-    store._footer.cache_clear()
+    row_groups.footers.cache_clear()
     return open_dataset(str(shutil.copytree(whole, tmp_path / "data")))
 
 
@@ -78,6 +78,15 @@ def test_its_rows_are_left_out_and_all_others_stay_in_place(dataset, window_mb):
     assert len(again) == len(found) and len(damaged) == 1, "each epoch tells what it left out"
 
 
+def test_whoever_measures_is_told(dataset):
+    rows = damage(dataset, group=0)
+    assert rows
+    with pytest.raises(IntegrityError, match="row group 0 is damaged"):
+        feed(dataset).some_rows(10_000)
+    with pytest.raises(IntegrityError, match="row group 0 is damaged"):
+        list(feed(dataset).tables(0))
+
+
 def test_a_restored_row_group_comes_back_in_the_next_epoch(dataset):
     one, path = feed(dataset), Path(dataset.uri) / dataset.manifest.shards_of("train")[0].path
     good = path.read_bytes()
@@ -95,7 +104,7 @@ def test_more_than_the_budget_is_one_clear_error(dataset):
     ):
         walk(feed(dataset, max_bad=0.01))
     (Path(dataset.uri) / dataset.manifest.shards_of("train")[0].path).unlink()
-    store._footer.cache_clear()
+    row_groups.footers.cache_clear()
     with pytest.raises(IntegrityError, match="is gone"):
         walk(feed(dataset, max_bad=1.0))
 

@@ -19,7 +19,7 @@ from scalecv.errors import IntegrityError
 from scalecv.shards import row_groups
 from scalecv.shards.ingest import IngestOptions, ingest
 from scalecv.shards.store import open_dataset
-from scalecv.testing.store_proxy import Faults, StoreProxy
+from scalecv.testing.store_proxy import Faults
 from tests.shards.images import class_folders
 
 pytestmark = pytest.mark.e2e
@@ -34,13 +34,6 @@ def local(tmp_path_factory):
     dataset = open_dataset(to)
     groups = groups_of(dataset)
     return dataset, list(reader.threads_reader(dataset, groups, iter(range(len(groups)))))
-
-
-@pytest.fixture
-def proxy(s3, monkeypatch):
-    with StoreProxy(s3.endpoint) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        yield proxy
 
 
 @pytest.fixture

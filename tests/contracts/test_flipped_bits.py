@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from scalecv.errors import IntegrityError
-from scalecv.shards import store
+from scalecv.shards import row_groups, store
 from scalecv.shards.ingest import IngestOptions, ingest
 from scalecv.train import checkpoint
 from tests.contracts import tiny_run
@@ -56,7 +56,7 @@ def test_in_shards(tmp_path):
         bit = draw.randrange(8 * starts[0], 8 * len(good))
         group = sum(start * 8 <= bit for start in starts) - 1
         if bit >= 8 * (len(good) - shard.footer_bytes):
-            store._footer.cache_clear()
+            row_groups.footers.cache_clear()
         path.write_bytes(flipped(good, bit))
         with pytest.raises(IntegrityError, match=shard.path):
             store.read_row_group(dataset.uri, shard, group)
@@ -64,5 +64,5 @@ def test_in_shards(tmp_path):
         path.write_bytes(flipped(good, bit))
         assert store.verify(dataset, threads=1)
     path.write_bytes(good)
-    store._footer.cache_clear()
+    row_groups.footers.cache_clear()
     assert store.verify(dataset) == []

@@ -26,7 +26,7 @@ from scalecv.batches.feed import Feed
 from scalecv.batches.pixels import Pixels
 from scalecv.batches.plan import Plan
 from scalecv.shards import manifest as manifests
-from scalecv.shards import store
+from scalecv.shards import row_groups
 from scalecv.shards.manifest import BandStats, Manifest, Shard
 from scalecv.shards.store import Dataset
 from scalecv.shards.write import ShardWriter
@@ -82,7 +82,7 @@ def first_batch_s(dataset: Dataset, args: argparse.Namespace, share: float) -> f
     feed = Feed(
         dataset, "train", pixels, args.batch, is_training=True, window_mb=args.window_mb, threads=1, reader=args.reader
     )
-    store._footer.cache_clear()
+    row_groups.footers.cache_clear()
     start = int(feed.plan(0).steps * share)
     began = time.perf_counter()
     epoch = feed.epoch(0, start)

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 
 from scalecv.errors import DataError, IntegrityError
-from scalecv.shards import store
+from scalecv.shards import row_groups, store
 from scalecv.shards.ingest import IngestOptions, ingest
 from scalecv.shards.store import open_dataset, read_row_group, read_rows, verify
 from tests.shards.images import class_folders
@@ -53,7 +53,7 @@ def test_any_flipped_bit_is_noticed_or_harmless(tmp_path):
     good, groups = path.read_bytes(), range(len(shard.row_groups))
 
     def read() -> list[pa.Table]:
-        store._footer.cache_clear()
+        row_groups.footers.cache_clear()
         return [read_row_group(dataset.uri, shard, i) for i in groups]
 
     tables, noticed, draw = read(), 0, random.Random(0)
@@ -77,14 +77,14 @@ def test_verify_names_the_damaged_shard_and_row_group(tmp_path):
     good = path.read_bytes()
     place = shard.byte_ranges[0][0] + 200
     path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
-    store._footer.cache_clear()
+    row_groups.footers.cache_clear()
     assert verify(dataset) == [f"{shard.path} does not have the sha256 it was written with; damaged row groups: 0"]
     path.write_bytes(good[:-1])
     assert verify(dataset) == [f"{shard.path} has {len(good) - 1} bytes, {len(good)} were written"]
     path.unlink()
     assert verify(dataset) == [f"{shard.path} is gone"]
     with pytest.raises(IntegrityError, match="is gone"):
-        store._footer.cache_clear()
+        row_groups.footers.cache_clear()
         read_row_group(dataset.uri, shard, 0)
 
 

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -28,14 +27,6 @@ from tests.small import write_net
 from tests.train import ranks
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def net(tmp_path, monkeypatch):
-    """A function that writes a network of one's own which acts at some call, and gives the keys for it."""
-    monkeypatch.syspath_prepend(str(tmp_path))
-
-    return partial(write_net, tmp_path)
 
 
 def folder(experiment):

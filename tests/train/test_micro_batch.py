@@ -2,7 +2,6 @@
 
 import json
 import math
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,18 +13,11 @@ from scalecv.train import runs
 from scalecv.train.memory import free_bytes, growth
 from scalecv.train.micro_batch import FILE, OutOfMemory, _within, is_out_of_memory, parts, sizes
 from scalecv.train.run import train
-from tests.small import write_net
 from tests.train import ranks
 
 SGD = {"train__optimizer": "sgd", "train__epochs": 2, "track__log_every": 1}
 TOO_MUCH = "if self.training and len(x) > {most}: torch.empty(1 << 55)"
 """What torch's allocator for CPUs refuses."""
-
-
-@pytest.fixture
-def net(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(tmp_path))
-    return partial(write_net, tmp_path)
 
 
 def folder(experiment):

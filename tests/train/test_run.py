@@ -15,7 +15,7 @@ import pytest
 from scalecv import config
 from scalecv.artifacts import bundle, spool
 from scalecv.errors import ConfigError, DataError, IntegrityError, Interrupted, ScalecvError, UserError
-from scalecv.shards import store
+from scalecv.shards import row_groups
 from scalecv.shards.ingest import IngestOptions, ingest
 from scalecv.shards.store import open_dataset
 from scalecv.train import runs
@@ -164,7 +164,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(shapes):
 
 def damaged_copy(dataset, folder):
     """A copy with one flipped bit in its training rows."""
-    store._footer.cache_clear()
+    row_groups.footers.cache_clear()
     opened = open_dataset(str(shutil.copytree(dataset, folder)))
     shard = opened.manifest.shards_of("train")[0]
     data = bytearray((folder / shard.path).read_bytes())
