@@ -8,6 +8,7 @@ import math
 import threading
 import time
 import weakref
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,8 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from scalecv.batches import transforms
+from scalecv.batches import crops, transforms
 from scalecv.batches.pixels import Pixels
+from scalecv.config import Augment
 from scalecv.errors import DataError, IntegrityError
 from scalecv.schema import IGNORE, Batch
 from scalecv.shards import decode, jpeg
@@ -68,7 +70,8 @@ def _decoded(
     else:
         box = transforms.crop_box(known.height, known.width, share, u)
         rows = box[0] + box[2]
-    pixels = jpeg.decode(image, known, rows, _own_memory(known.height * known.width * known.channels))
+    size_bytes = known.height * known.width * known.channels
+    pixels = jpeg.decode(image, known, rows, _own_memory(size_bytes) if size_bytes <= LARGEST_KEPT else None)
     return decode.decode_pixels(image) if pixels is None else pixels, box
 
 
@@ -76,10 +79,8 @@ _THREAD = threading.local()
 LARGEST_KEPT = 16 << 20
 
 
-def _own_memory(size_bytes: int) -> np.ndarray | None:
+def _own_memory(size_bytes: int) -> np.ndarray:
     """Memory of this thread for one picture, which is in the batch before the next one comes; it stays in the cache."""
-    if size_bytes > LARGEST_KEPT:
-        return None
     kept: np.ndarray | None = getattr(_THREAD, "memory", None)
     if kept is None or kept.size < size_bytes:
         kept = _THREAD.memory = np.empty(size_bytes, np.uint8)
@@ -189,9 +190,13 @@ def fill(
 
     def work(first: int) -> float:
         began = time.perf_counter()
-        for at in range(first, len(rows), parts):
-            row = rows[at]
-            u = None if seeds is None else transforms.draws(*seeds, row.id)
+        mine = range(first, len(rows), parts)
+        chances = {at: None if seeds is None else transforms.draws(*seeds, rows[at].id) for at in mine}
+        done = _cropped(rows, how, chances, memory)
+        for at in mine:
+            if at in done:
+                continue
+            row, u = rows[at], chances[at]
             try:
                 image, masks[at] = sample(row.image, row.mask, row.nodata, how, u, memory.at(at))
             except (decode.BadImage, IntegrityError) as error:
@@ -206,6 +211,58 @@ def fill(
     if rows and rows[0].mask is None:
         labels = np.array([numbers[r.label] if r.label is not None else -1 for r in rows], np.int64)
     return Filling(futures, memory, masks, labels, [r.id for r in rows], [r.path for r in rows])
+
+
+def _cropped(rows: list[Row], how: Pixels, chances: Mapping[int, np.ndarray | None], memory: "_Memory") -> set[int]:
+    """Put the JPEGs among some rows into the batch, all of them in one call; the rows for which that was done.
+
+    Args:
+        chances: draws of each row, or None.
+    """
+    native = crops.load() if _is_plain(how) else None
+    if native is None or not how.size_px:
+        return set()
+    jobs: dict[int, crops.Job] = {}
+    for at, u in chances.items():
+        row, place = rows[at], memory.at(at)
+        known = jpeg.header(row.image) if row.mask is None and row.nodata is None else None
+        if known is not None and known.channels == 3 and known.height_at and place is not None:
+            jobs[at] = (row.image, known, *_box_and_flips(known, how, u), place)
+    jobs = {at: job for at, job in jobs.items() if native.room(job[1], job[2], how.size_px) <= LARGEST_KEPT}
+    if not jobs:
+        return set()
+    most = max(native.room(known, box, how.size_px) for _, known, box, _, _ in jobs.values())
+    whole = native([*jobs.values()], _own_memory(most))
+    done = {at for at, is_done in zip(jobs, whole.tolist(), strict=True) if is_done}
+    rest = how.augment.model_copy(update={"resized_crop": None, "hflip": 0.0, "vflip": 0.0})
+    for at in done:
+        memory.put(at, _augmented(jobs[at][4], rest, chances[at]))
+    return done
+
+
+def _is_plain(how: Pixels) -> bool:
+    """Whether pixels are the three colours of the file."""
+    return how.dtype == "uint8" and how.channels == 3 and how.color != "gray" and not how.bands
+
+
+def _box_and_flips(known: jpeg.Header, how: Pixels, u: np.ndarray | None) -> tuple[transforms.Box, int]:
+    """What of a picture is resized, and how it is flipped then: 1 left-right, 2 up-down."""
+    height, width = known.height, known.width
+    if u is not None and how.augment.resized_crop:
+        box = transforms.crop_box(height, width, how.augment.resized_crop, u)
+    elif how.resize == "crop":
+        side = min(height, width)
+        box = (height - side) // 2, (width - side) // 2, side, side
+    else:
+        box = 0, 0, height, width
+    return box, 0 if u is None else int(u[4] < how.augment.hflip) + 2 * int(u[5] < how.augment.vflip)
+
+
+def _augmented(image: torch.Tensor, rest: Augment, u: np.ndarray | None) -> torch.Tensor:
+    return image if u is None or rest == _NOTHING else transforms.augment(image, None, rest, u, None)[0]
+
+
+_NOTHING = Augment()
 
 
 class _Memory:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from scalecv.batches import crops
 from scalecv.batches.collate import Blocks, Row, fill
 from scalecv.batches.pixels import Pixels
 from scalecv.errors import IntegrityError
@@ -197,7 +198,7 @@ def _task(function: Any) -> Any:
 
 def _ready() -> None:
     """What a process of the cluster does first: unpickling this function has imported this module."""
-    import simplejpeg  # noqa: F401
+    crops.load()
 
 
 def _decode(

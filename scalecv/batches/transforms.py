@@ -48,14 +48,14 @@ def resize(
         )
     if image.shape[-2:] == (size_px, size_px):
         return image, mask
-    return _scaled(image, size_px, out), None if mask is None else _nearest(mask, size_px)
+    return scaled(image, size_px, out), None if mask is None else _nearest(mask, size_px)
 
 
-def _scaled(image: torch.Tensor, size_px: int, out: torch.Tensor | None) -> torch.Tensor:
+def scaled(image: torch.Tensor, size_px: int, out: torch.Tensor | None = None) -> torch.Tensor:
     """Bilinear with antialias; bytes by torch's kernel for bytes, straight into `out`, on every kind of CPU."""
     if image.dtype != torch.uint8:
-        scaled: torch.Tensor = F.resize(image, [size_px, size_px], antialias=True)
-        return scaled
+        changed: torch.Tensor = F.resize(image, [size_px, size_px], antialias=True)
+        return changed
     if out is None:
         out = torch.empty((size_px, size_px, len(image)), dtype=torch.uint8).permute(2, 0, 1)
     torch.ops.aten._upsample_bilinear2d_aa.out(image[None], [size_px, size_px], False, None, None, out=out[None])
@@ -85,7 +85,7 @@ def augment(
     """
     if how.resized_crop and size_px:
         top, left, height, width = box or crop_box(image.shape[-2], image.shape[-1], how.resized_crop, u)
-        image = _scaled(image[:, top : top + height, left : left + width], size_px, out)
+        image = scaled(image[:, top : top + height, left : left + width], size_px, out)
         mask = None if mask is None else _nearest(mask[top : top + height, left : left + width], size_px)
     if u[4] < how.hflip:
         image, mask = image.flip(-1), None if mask is None else mask.flip(-1)

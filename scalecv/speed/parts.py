@@ -49,6 +49,7 @@ def measure(experiment: Experiment, seconds: float = 5.0, tell: Callable[[str], 
 
     Raises: UserError: the experiment cannot be run.
     """
+    from scalecv.batches import crops
     from scalecv.batches.collate import fill
     from scalecv.batches.feed import Feed, threads_per_rank
     from scalecv.batches.pixels import pixels_of
@@ -101,7 +102,7 @@ def measure(experiment: Experiment, seconds: float = 5.0, tell: Callable[[str], 
     return Speeds(
         parts=(
             Part("reading", read, f"{read * per_image / 1e6:,.0f} MB/s of encoded images, in the planned order"),
-            Part("decoding", decode, f"{many}: the limit of this machine for these images and this augmentation"),
+            Part("decoding", decode, f"{many}, {crops.state()}"),
             Part("feed", fed, f"reading and decoding together: {fed / min(read, decode):.0%} of the slower one"),
             Part("network", network, "steps without waiting, while the feed works beside them"),
             Part("training", trained.images_per_s, f"data wait {trained.wait_share:.0%}, {trained.steps} steps"),

@@ -1,0 +1,148 @@
+"""Crops of JPEG files by our own C (crops.c), compiled once on each machine that can; the same pixels, sooner.
+
+Of a file only the crop's part becomes pixels, and a run of files is one call, during which other threads run. Without a
+compiler or libjpeg-turbo's headers (Debian: gcc, libjpeg-dev), or where a picture made here would differ in one bit,
+the wheels do it: `scalecv.batches.collate` gives the same either way. SCALECV_NATIVE=0 leaves it to the wheels.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from scalecv.batches import transforms
+from scalecv.cache import user_folder
+from scalecv.shards import jpeg
+
+SWITCH = "SCALECV_NATIVE"
+SOURCE = Path(__file__).with_name("crops.c")
+COMPILE_S = 120.0
+Job = tuple[bytes, jpeg.Header, transforms.Box, int, torch.Tensor]
+"""An encoded picture, its header, the box to take, flips (1: left-right, 2: up-down), and where it goes: uint8
+[3, S, S], height, width, channel in memory."""
+_log = logging.getLogger("scalecv.crops")
+
+
+class Crops:
+    """The compiled functions."""
+
+    def __init__(self, library: Path) -> None:
+        """Raises: OSError: not a library for this machine."""
+        loaded = ctypes.CDLL(str(library))  # a call lets other threads run
+        self._crop, self._room = loaded.crop_images, loaded.room
+        pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
+        self._crop.argtypes = [number, pointer, pointer, pointer, number, pointer, pointer, size, pointer]
+        self._crop.restype = None
+        self._room.argtypes, self._room.restype = [number] * 4, size
+
+    def room(self, known: jpeg.Header, box: transforms.Box, side: int) -> int:
+        """Bytes of memory that one picture takes."""
+        return int(self._room(known.width, box[2], box[3], side))
+
+    def __call__(self, jobs: Sequence[Job], memory: np.ndarray) -> np.ndarray:
+        """Decode, cut, resize and flip pictures into their places; bool [N], False where one was left alone.
+
+        Args:
+            jobs: pictures of one size to be.
+            memory: uint8, of this thread, with room for each of them.
+        """
+        side = jobs[0][4].shape[-1]
+        data = (ctypes.c_char_p * len(jobs))(*[job[0] for job in jobs])
+        sizes = np.array([len(job[0]) for job in jobs], np.uintp)
+        boxes = np.array([(*job[2], job[3]) for job in jobs], np.int32)
+        places = np.array([job[4].data_ptr() for job in jobs], np.uintp)
+        left = np.empty(len(jobs), np.uint8)
+        self._crop(
+            len(jobs), ctypes.addressof(data), sizes.ctypes.data, boxes.ctypes.data, side, places.ctypes.data,
+            memory.ctypes.data, memory.size, left.ctypes.data,
+        )  # fmt: skip
+        return np.asarray(left == 0)
+
+
+@lru_cache(maxsize=1)
+def load() -> Crops | None:
+    """What makes crops on this machine; None where the wheels must. The first call ever compiles, some seconds."""
+    if os.environ.get(SWITCH) == "0":
+        return None
+    try:
+        made = Crops(_library())
+        return made if _is_exact(made) else None
+    except (OSError, subprocess.SubprocessError) as error:
+        _log.info("crops are made by the wheels: %s", error)
+        return None
+
+
+def state() -> str:
+    """One line on who makes crops here."""
+    if load() is not None:
+        return "native crops of JPEGs"
+    if os.environ.get(SWITCH) == "0":
+        return f"crops by wheels, for {SWITCH}=0"
+    return "crops by wheels; with gcc and libjpeg-dev installed JPEGs are decoded faster, with the same pixels"
+
+
+def _library() -> Path:
+    """The compiled library in this user's cache, named by its source and this kind of processor.
+
+    Raises: OSError, subprocess.SubprocessError: no compiler, or it refuses.
+    """
+    name = hashlib.sha256(SOURCE.read_bytes() + platform.machine().encode() + _processor()).hexdigest()[:32]
+    target = user_folder() / "native" / f"crops-{name}.so"
+    if target.exists():
+        return target
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        raise FileNotFoundError("there is no C compiler")
+    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        made = Path(folder, target.name)
+        strict = ["-Wl,-z,defs"] if sys.platform == "linux" else []
+        options = ["-O3", "-march=native", "-Werror=implicit-function-declaration", "-shared", "-fPIC", *strict]
+        command = [compiler, *options, str(SOURCE), "-o", str(made), "-ljpeg", "-lm"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_S, check=False)
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if "error" in line] or ["the compiler failed"]
+            raise subprocess.SubprocessError(lines[0][:200])
+        made.replace(target)
+    return target
+
+
+def _processor() -> bytes:
+    """What -march=native may depend on: a home folder can be shared by machines of several kinds."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor().encode()
+    return "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})).encode()
+
+
+def _is_exact(made: Crops) -> bool:
+    """Whether a picture comes out as by the wheels."""
+    import simplejpeg
+
+    rng = np.random.default_rng(0)
+    noise = np.repeat(np.repeat(rng.integers(0, 256, (12, 14, 3), np.uint8), 7, 0), 7, 1)
+    box: transforms.Box = (9, 21, 61, 70)
+    for sampling in ("444", "422", "420"):
+        data = simplejpeg.encode_jpeg(noise, quality=85, colorsubsampling=sampling)
+        known: Any = jpeg.header(data)
+        out = torch.empty((32, 32, 3), dtype=torch.uint8).permute(2, 0, 1)
+        done = made([(data, known, box, 1, out)], np.empty(made.room(known, box, 32), np.uint8))
+        whole = torch.from_numpy(jpeg.decode(data, known)).permute(2, 0, 1)
+        cut = whole[:, box[0] : box[0] + box[2], box[1] : box[1] + box[3]]
+        if not done[0] or not torch.equal(out, transforms.scaled(cut, 32).flip(-1)):
+            _log.warning("crops are made by the wheels: libjpeg-turbo of this machine gives other pixels")
+            return False
+    return True
