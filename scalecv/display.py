@@ -78,11 +78,11 @@ def _step(event: dict[str, Any]) -> str:
 
 def _epoch(event: dict[str, Any]) -> str:
     told = event["metrics"]
-    scores = [
-        f"{name} {value:.4f}"
-        for name, value in told.items()
-        if name in ("val/loss", "val/accuracy", "val/macro_accuracy", "val/iou", "val/f1")
-    ]
+    # Where most pixels are background, accuracy is high for a model that sees nothing: IoU says more.
+    names = ("val/iou", "val/f1", "val/average_precision") if "val/iou" in told else ("val/accuracy", "val/f1")
+    scores = [f"{name} {told[name]:.4f}" for name in (*names, "val/macro_accuracy", "val/loss") if name in told]
+    if told.get("val/is_trivial"):
+        scores.append("says background everywhere, or nothing better")
     return "  ".join(
         [
             f"epoch {event['epoch']}/{event['epochs']}",

@@ -68,6 +68,7 @@ SHAPES = {
     "data.decode_threads": 1,
     "scale.workers": 0,
     "track.pictures": 4,
+    "track.pictures_every": 0,
     "track.log_every": 2,
 }
 FIELDS = {

@@ -131,3 +131,17 @@ def test_shipped_experiments_are_valid(file):
     experiment = config.load(file)
     assert experiment.question
     assert experiment.data.get
+
+
+def test_a_named_loss_gives_its_keys_and_each_can_be_set(tmp_path):
+    loss = config.Loss(name="bce_focal_neg_iou", pos_weight=30.0, dice=0.2)
+    assert loss.terms() == {"bce": 0.3, "dice": 0.2, "pos_neg_iou": 0.4, "focal": 0.3}
+    assert (loss.pos_weight, loss.neg_weight, loss.focal_gamma, loss.focal_alpha) == (30.0, 1.0, 2.0, None)
+    assert config.Loss.model_validate(loss.model_dump()) == loss
+    assert config.Loss().terms() == {} and config.Loss(bce=0.5).pos_weight == 1.0
+    with pytest.raises(ValueError, match="every term of it has weight 0"):
+        config.Loss(**{**config.Loss().model_dump(), "name": "bce_focal_neg_iou"})
+    file = tmp_path / "e.yaml"
+    file.write_text("name: a\ntask: segment\ndata: {uri: d}\nmodel: {arch: unet}\nloss: {name: bce_focal_neg_iou}\n")
+    told = {key: (value, origin) for key, value, origin in config.origins(file, {"loss.bce": 0.5})}
+    assert told["loss.bce"] == (0.5, "command line") and told["loss.focal"] == (0.3, "loss.name")

@@ -1,7 +1,8 @@
 """A bundle: all that is needed to use a model, without pickle and without training code.
 
 model.safetensors   weights
-bundle.json         task, architecture call, pixels (bands, size, mean, std), classes, data, metrics,
+bundle.json         task, architecture call, pixels (bands, size, mean, std), classes, threshold, data,
+                    metrics,
 and the size and SHA-256 of the weights: any flipped bit is noticed before use
 """
 
@@ -82,8 +83,10 @@ class Facts(Frozen):
     pixels: PixelFacts
     classes: tuple[str, ...]
     data: DataFacts
-    loss: dict[str, float | str] = {}
+    loss: dict[str, float | str | None] = {}
     """The loss section of the experiment."""
+    threshold: float = Field(0.5, gt=0, lt=1)
+    """Probability from which on two classes are told as the second; more classes have none."""
     metrics: dict[str, float] = {}
     epoch: int = Field(0, ge=0)
     weights_hash: str

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from scalecv.config.experiment import Experiment
 from scalecv.config.explain import explain
+from scalecv.config.network import MIXTURES
 from scalecv.config.text import parse_yaml
 from scalecv.errors import ConfigError, nearest
 
@@ -94,12 +95,14 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def origins(path: str | Path, overrides: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
-    """Each key of the resolved experiment with its value and where that came from: command line, file or default."""
+    """Each key of the resolved experiment, its value, and its origin: command line, file, loss.name or default."""
     tree = read(path)
     given = flatten(tree)
-    for key, value in flatten(build(with_overrides(tree, overrides), str(path)).model_dump(mode="json")).items():
-        origin = "command line" if key in overrides else str(path) if key in given else "default"
-        yield key, value, origin
+    built = build(with_overrides(tree, overrides), str(path))
+    named = {f"loss.{key}" for key in MIXTURES.get(built.loss.name or "", {})}
+    for key, value in flatten(built.model_dump(mode="json")).items():
+        unset = "loss.name" if key in named else "default"
+        yield key, value, "command line" if key in overrides else str(path) if key in given else unset
 
 
 def dump(experiment: Experiment) -> str:

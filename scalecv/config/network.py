@@ -1,8 +1,9 @@
 """Which network, and what it is to make small."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from scalecv.config.frozen import Frozen, Scalar
 
@@ -29,6 +30,8 @@ class Model(Frozen):
 class Loss(Frozen):
     """A weighted sum of named terms on logits; each term is averaged over the valid samples of the global batch."""
 
+    name: Literal["bce_focal_neg_iou"] | None = None
+    """A mixture by its name: it gives the keys that are not set here the values of the mixture (see MIXTURES)."""
     cross_entropy: float = Field(0.0, ge=0)
     """Weight of cross-entropy over classes (per pixel for segmentation). Where no term has a weight, classify takes it
     alone, and segment bce (two classes) or cross_entropy, and dice."""
@@ -38,16 +41,52 @@ class Loss(Frozen):
     """Weight of 1 - Dice, per image."""
     jaccard: float = Field(0.0, ge=0)
     """Weight of 1 - soft IoU, per image."""
+    tversky: float = Field(0.0, ge=0)
+    """Weight of 1 - Tversky index, per image: Dice with weights of false alarms and of misses."""
+    lovasz: float = Field(0.0, ge=0)
+    """Weight of the Lovász loss, per image: hinge for two classes, softmax for more."""
+    pos_neg_iou: float = Field(0.0, ge=0)
+    """Weight of pos_iou (1 - soft IoU of the foreground) + neg_iou (1 - that of the background), per image; two
+    classes."""
     focal: float = Field(0.0, ge=0)
     """Weight of the focal loss."""
     focal_gamma: float = Field(2.0, ge=0)
     """Focusing exponent of the focal loss."""
+    focal_alpha: float | None = Field(None, ge=0, le=1)
+    """Focal loss of two classes: weight of positives, 1 - alpha that of negatives; empty weighs both with 1."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Label smoothing of the cross-entropy."""
     pos_weight: float = Field(1.0, gt=0)
     """Weight of positive pixels in binary cross-entropy."""
+    neg_weight: float = Field(1.0, ge=0)
+    """Weight of negative pixels in binary cross-entropy."""
+    tversky_alpha: float = Field(0.3, ge=0)
+    """Weight of false alarms in the Tversky index; alpha = beta = 0.5 is Dice."""
+    tversky_beta: float = Field(0.7, ge=0)
+    """Weight of misses in the Tversky index."""
+    pos_iou: float = Field(0.85, ge=0)
+    """Share of the foreground in pos_neg_iou."""
+    neg_iou: float = Field(0.15, ge=0)
+    """Share of the background in pos_neg_iou."""
+    smooth: float = Field(1.0, gt=0)
+    """Pixels added above and below the fraction in dice, jaccard, tversky and pos_neg_iou: an image without positives
+    has a gradient."""
     class_weights: Literal["none", "balanced"] = "none"
     """balanced: cross-entropy weighs a class by the inverse of its share in the training split."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, keys: Any) -> Any:
+        """The keys of a named mixture, below those that are set."""
+        if isinstance(keys, Mapping) and isinstance(keys.get("name"), str):
+            return {**MIXTURES.get(keys["name"], {}), **keys}
+        return keys
+
+    @model_validator(mode="after")
+    def _weighs(self) -> "Loss":
+        if self.name and not self.terms():
+            raise ValueError(f"name={self.name}, but every term of it has weight 0: leave out the weights, or the name")
+        return self
 
     def terms(self) -> dict[str, float]:
         """The terms with a weight above zero."""
@@ -55,4 +94,18 @@ class Loss(Frozen):
         return {name: weight for name, weight in every.items() if weight > 0}
 
 
-LOSS_TERMS = ("cross_entropy", "bce", "dice", "jaccard", "focal")
+LOSS_TERMS = ("cross_entropy", "bce", "dice", "jaccard", "tversky", "lovasz", "pos_neg_iou", "focal")
+MIXTURES: dict[str, dict[str, Scalar]] = {
+    "bce_focal_neg_iou": {
+        "bce": 0.3,
+        "pos_weight": 2.0,
+        "neg_weight": 1.0,
+        "focal": 0.3,
+        "focal_gamma": 2.0,
+        "focal_alpha": None,
+        "pos_neg_iou": 0.4,
+        "pos_iou": 0.85,
+        "neg_iou": 0.15,
+    },
+}
+"""What a loss.name stands for: values of the keys of `Loss`."""

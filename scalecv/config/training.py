@@ -51,6 +51,10 @@ class Train(Frozen):
     """Smallest change that counts as an improvement."""
     metric: str | None = None
     """Metric that decides what is best, such as val/macro_accuracy; empty takes the task's own."""
+    threshold: Annotated[float, Field(gt=0, lt=1)] | Literal["tuned"] | None = None
+    """Probability from which on two classes are told as the second, to 1/4096. tuned: the best of the validation split
+    for the best weights (by iou for segment, accuracy for classify), kept in the bundle; until then 0.5. Empty: tuned
+    for segment, 0.5 for classify."""
     threads: int | None = Field(None, ge=1)
     """CPU threads of torch in each worker; empty means its share of the cores."""
 
@@ -90,7 +94,9 @@ class Track(Frozen):
     keep: int = Field(2, ge=1)
     """Newest checkpoints that are kept besides the best one."""
     pictures: int = Field(16, ge=0)
-    """Images on each picture of predictions."""
+    """Images on each picture of predictions; at most 6 on those of each validation, 0 draws none."""
+    pictures_every: int = Field(1, ge=0)
+    """Epochs between pictures of the validation; 0 draws them at the end only."""
 
     @field_validator("uri")
     @classmethod

@@ -20,17 +20,22 @@ def confusion(prediction: Tensor, target: Tensor, classes: int, valid: Tensor | 
         valid: bool [B]; rows with False count nowhere.
     Raises: ValueError: shapes differ, or a target outside 0..K-1 that is not IGNORE.
     """
-    if prediction.shape != target.shape:
-        raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")
+    return joint(prediction, target, classes, classes, valid)
+
+
+def joint(found: Tensor, target: Tensor, classes: int, values: int, valid: Tensor | None = None) -> Tensor:
+    """int64 [classes, values] counts of (truth, what was found); arguments and errors as those of `confusion`."""
+    if found.shape != target.shape:
+        raise ValueError(f"prediction {tuple(found.shape)} and target {tuple(target.shape)} differ in shape")
     counted = target != IGNORE
     if valid is not None:
         counted = counted & valid.view(-1, *[1] * (target.ndim - 1))
     # Place 0 takes what does not count: no boolean indexing, which would wait for a GPU.
-    place = torch.where(counted, target * classes + prediction + 1, 0)
-    counts = torch.bincount(place.flatten(), minlength=classes * classes + 1)
-    if counts.numel() != classes * classes + 1:
+    place = torch.where(counted, target * values + found + 1, 0)
+    counts = torch.bincount(place.flatten(), minlength=classes * values + 1)
+    if counts.numel() != classes * values + 1:
         raise ValueError(f"a target lies outside 0..{classes - 1} and is not {IGNORE}, the mark of unlabelled pixels")
-    return counts[1:].view(classes, classes)
+    return counts[1:].view(classes, values)
 
 
 def accuracy(matrix: Tensor) -> float:

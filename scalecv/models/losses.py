@@ -16,7 +16,7 @@ from torch.nn import functional
 from scalecv.schema import IGNORE
 
 SMOOTH = 1.0
-"""Pixels added above and below the fraction in dice and jaccard: an image without positives has a gradient."""
+"""Pixels added above and below the fractions of areas: an image without positives has a gradient."""
 
 
 def cross_entropy(
@@ -37,36 +37,79 @@ def cross_entropy(
     return _per_sample(each, target)
 
 
-def bce(logits: Tensor, target: Tensor, pos_weight: float = 1.0) -> Tensor:
-    """Binary cross-entropy of two classes; a positive pixel (or sample) counts `pos_weight` times."""
+def bce(logits: Tensor, target: Tensor, pos_weight: float = 1.0, neg_weight: float = 1.0) -> Tensor:
+    """Binary cross-entropy of two classes; a positive pixel (or sample) counts `pos_weight` times, others `neg_weight`.
+
+    The sum is divided by the labelled pixels, not by their weights.
+    """
     margin = _margin(_full(logits))
-    each = functional.binary_cross_entropy_with_logits(
-        margin, (target == 1).to(margin), pos_weight=margin.new_tensor(pos_weight), reduction="none"
-    )
-    return _per_sample(each, target)
+    positive = (target == 1).to(margin)
+    each = functional.binary_cross_entropy_with_logits(margin, positive, reduction="none")
+    return _per_sample(each * (neg_weight + (pos_weight - neg_weight) * positive), target)
 
 
-def focal(logits: Tensor, target: Tensor, gamma: float = 2.0) -> Tensor:
-    """Focal loss (1 - p)^gamma * -log p of the true class's probability p (Lin et al. 2017, without alpha)."""
+def focal(logits: Tensor, target: Tensor, gamma: float = 2.0, alpha: float | None = None) -> Tensor:
+    """Focal loss (1 - p)^gamma * -log p of the true class's probability p (Lin et al. 2017).
+
+    Args:
+        gamma: focusing exponent; 0 is cross-entropy.
+        alpha: for two classes the weight of positives, 1 - alpha that of negatives; None weighs both with 1.
+    """
     scores = _both_classes(_full(logits)) if logits.shape[1] == 1 else _full(logits)
     log_p = -functional.cross_entropy(scores, target, ignore_index=IGNORE, reduction="none")
     # Below one step of float32 the power of a fractional gamma would have an infinite gradient.
     doubt = (-torch.expm1(log_p)).clamp_min(1e-7)
-    return _per_sample(doubt**gamma * -log_p, target)
+    each = doubt**gamma * -log_p
+    if alpha is not None:
+        each = each * (1 - alpha + (2 * alpha - 1) * (target == 1).to(each))
+    return _per_sample(each, target)
 
 
-def dice(logits: Tensor, target: Tensor) -> Tensor:
+def dice(logits: Tensor, target: Tensor, smooth: float = SMOOTH) -> Tensor:
     """1 - soft Dice of each image: of the foreground for two classes, else the mean over all classes."""
     inside, predicted, true = _areas(logits, target)
-    each = 1 - (2 * inside + SMOOTH) / (predicted + true + SMOOTH)
+    each = 1 - (2 * inside + smooth) / (predicted + true + smooth)
     return _if_labelled(each.mean(1), target)
 
 
-def jaccard(logits: Tensor, target: Tensor) -> Tensor:
+def jaccard(logits: Tensor, target: Tensor, smooth: float = SMOOTH) -> Tensor:
     """1 - soft intersection over union of each image, averaged as in `dice`."""
+    return _if_labelled((1 - _iou(_areas(logits, target), smooth)).mean(1), target)
+
+
+def tversky(logits: Tensor, target: Tensor, alpha: float = 0.3, beta: float = 0.7, smooth: float = SMOOTH) -> Tensor:
+    """1 - Tversky index TP / (TP + alpha FP + beta FN) of soft areas, averaged as in `dice` (Salehi et al. 2017)."""
     inside, predicted, true = _areas(logits, target)
-    each = 1 - (inside + SMOOTH) / (predicted + true - inside + SMOOTH)
-    return _if_labelled(each.mean(1), target)
+    wrong = alpha * (predicted - inside) + beta * (true - inside)
+    return _if_labelled((1 - (inside + smooth) / (inside + wrong + smooth)).mean(1), target)
+
+
+def pos_neg_iou(logits: Tensor, target: Tensor, pos: float = 0.85, neg: float = 0.15, smooth: float = SMOOTH) -> Tensor:
+    """Of each image `pos` (1 - soft IoU of the foreground) + `neg` (1 - that of the background); two classes."""
+    margin = _margin(_full(logits)).unsqueeze(1)
+    swapped = torch.where(target == IGNORE, IGNORE, 1 - target)
+    foreground, background = _areas(margin, target), _areas(-margin, swapped)
+    each = pos * (1 - _iou(foreground, smooth)) + neg * (1 - _iou(background, smooth))
+    return _if_labelled(each[:, 0], target)
+
+
+def lovasz(logits: Tensor, target: Tensor) -> Tensor:
+    """Lovász extension of 1 - IoU of each image (Berman et al. 2018), over its labelled pixels.
+
+    Two classes: of the hinge errors of the foreground. More: of 1 - p of each class, mean over the classes present.
+    """
+    scores, labelled = _full(logits), (target != IGNORE).flatten(1)
+    if scores.shape[1] <= 2:
+        sign = torch.where(target == 1, 1.0, -1.0)
+        errors = torch.relu(1 - _margin(scores) * sign).flatten(1)
+        return _lovasz(errors, (target == 1).flatten(1), labelled)
+    p, true = _shares(scores, target)
+    each, there = [], true.flatten(2).any(2)
+    for place in range(scores.shape[1]):
+        truth = true[:, place].flatten(1)
+        errors = torch.where(truth, 1 - p[:, place].flatten(1), p[:, place].flatten(1))
+        each.append(torch.where(there[:, place], _lovasz(errors, truth, labelled), 0.0))
+    return torch.stack(each, 1).sum(1) / there.sum(1).clamp_min(1)
 
 
 def weighted(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
@@ -118,16 +161,35 @@ def _if_labelled(each: Tensor, target: Tensor) -> Tensor:
     return torch.where((target != IGNORE).flatten(1).any(1), each, 0.0)
 
 
+def _shares(scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Probability and truth (bool), each [B, 1, H, W] for two classes, else [B, K, H, W]."""
+    if scores.shape[1] <= 2:
+        # Not sigmoid(): its gradient is exactly 0 from a logit of 17 on, where a false alarm is worst.
+        return functional.logsigmoid(_margin(scores)).exp().unsqueeze(1), (target == 1).unsqueeze(1)
+    places = torch.arange(scores.shape[1], device=target.device).view(1, -1, 1, 1)
+    return torch.softmax(scores, 1), target.unsqueeze(1) == places
+
+
 def _areas(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Intersection, predicted and true area in labelled pixels, each [B, 1] for two classes, else [B, K]."""
-    scores = _full(logits)
-    labelled = (target != IGNORE).unsqueeze(1)
-    if scores.shape[1] <= 2:
-        p = torch.sigmoid(_margin(scores)).unsqueeze(1)
-        t = (target == 1).unsqueeze(1).to(p)
-    else:
-        p = torch.softmax(scores, 1)
-        places = torch.arange(scores.shape[1], device=target.device).view(1, -1, 1, 1)
-        t = (target.unsqueeze(1) == places).to(p)
-    p = p * labelled
+    p, true = _shares(_full(logits), target)
+    t = true.to(p)
+    p = p * (target != IGNORE).unsqueeze(1)
     return (p * t).sum((2, 3)), p.sum((2, 3)), t.sum((2, 3))
+
+
+def _iou(areas: tuple[Tensor, Tensor, Tensor], smooth: float) -> Tensor:
+    inside, predicted, true = areas
+    return (inside + smooth) / (predicted + true - inside + smooth)
+
+
+def _lovasz(errors: Tensor, truth: Tensor, labelled: Tensor) -> Tensor:
+    """Sum of the errors from the largest on, each times what it adds to 1 - IoU; [B, N] each, float32 [B]."""
+    errors = torch.where(labelled, errors, 0.0)
+    # Pixels that are not labelled come last: what they add is multiplied by zero.
+    _, order = torch.where(labelled, errors.detach(), -1.0).sort(1, descending=True)
+    true = truth.gather(1, order).to(errors)
+    total = true.sum(1, keepdim=True)
+    lost = 1 - (total - true.cumsum(1)) / (total + (1 - true).cumsum(1))
+    added = torch.diff(lost, dim=1, prepend=torch.zeros_like(total))
+    return (errors.gather(1, order) * added).sum(1)

@@ -33,6 +33,8 @@ class Result:
     images_per_s: float
     data_wait_share: float
     order_hash: str
+    threshold: float
+    """Probability from which on two classes were told as the second, as the bundle says; 0.5 for more classes."""
 
 
 def evaluate(
@@ -85,9 +87,9 @@ def evaluate(
         device,
         loss=loss,
         pictures=16 if to else 0,
-    )
+    ).at(opened.facts.threshold)
     took = time.perf_counter() - began
-    named = task.summarise(checked.sums, opened.facts.classes)
+    named = task.summarise(checked.sums, opened.facts.classes, checked.threshold)
     metrics = {f"{split}/{name}": value for name, value in named.items()}
     metrics[f"{split}/loss"] = float(checked.sums["loss"].item()) / max(1, checked.rows)
     if to:
@@ -107,6 +109,7 @@ def evaluate(
         images_per_s=checked.rows / max(took, 1e-9),
         data_wait_share=checked.wait_s / max(took, 1e-9),
         order_hash=order_hash(checked.order_total),
+        threshold=checked.threshold,
     )
 
 

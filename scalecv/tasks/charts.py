@@ -52,11 +52,12 @@ def short(name: str, most: int = 26) -> str:
     return name if len(name) <= most else f"{name[:head]}…{name[len(name) - (most - head - 1) :]}"
 
 
-def confusion_png(matrix: Any, classes: Sequence[str]) -> bytes:
+def confusion_png(matrix: Any, classes: Sequence[str], iou: float | None = None) -> bytes:
     """The confusion matrix, shaded by the share of each true class; counts in the cells of up to 20 classes.
 
     Args:
         matrix: whole numbers [K, K], truth in rows.
+        iou: stands in the title where it is given, else accuracy does.
     """
     from matplotlib.colors import PowerNorm
 
@@ -72,7 +73,8 @@ def confusion_png(matrix: Any, classes: Sequence[str]) -> bytes:
         _name_axes(axes, classes, true)
     axes.set_xlabel("prediction")
     axes.set_ylabel("truth (rows)" if k > 1 else "truth")
-    axes.set_title(f"accuracy {accuracy(torch.from_numpy(m)):.4f} of {m.sum():,}", fontsize=10, color=INK)
+    score = f"accuracy {accuracy(torch.from_numpy(m)):.4f}" if iou is None else f"IoU {iou:.4f}"
+    axes.set_title(f"{score} of {m.sum():,}", fontsize=10, color=INK)
     axes.tick_params(which="both", length=0)
     if k <= COUNTS_UP_TO:
         for row, column in zip(*np.nonzero(m), strict=True):
@@ -150,7 +152,9 @@ def curves_png(history: Sequence[Mapping[str, float]]) -> bytes:
     left, right = page.subplots(1, 2)
     for key, colour in (("train/loss", BLUE), ("val/loss", ORANGE)):
         _line(left, history, key, colour, best=np.argmin if key == "val/loss" else None)
-    named = (("val/iou", GREEN), ("val/accuracy", BLUE), ("val/macro_accuracy", ORANGE), ("val/f1", RED))
+    named = [("val/iou", GREEN), ("val/accuracy", BLUE), ("val/macro_accuracy", ORANGE), ("val/f1", RED)]
+    if any("val/iou" in row for row in history):  # beside it, accuracy says how much is background
+        named = [("val/iou", GREEN), ("val/f1", RED), ("val/average_precision", BLUE)]
     for key, colour in named:
         _line(right, history, key, colour, best=np.argmax)
     for axes, title in ((left, "loss"), (right, "validation")):

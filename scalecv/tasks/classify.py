@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from scalecv.config import Loss
+from scalecv.metrics import binned
 from scalecv.metrics import confusion as numbers
-from scalecv.tasks.task import Batch, Task, active_terms, refuse
+from scalecv.tasks.task import Batch, Task, active_terms, refuse, two_classes_alone
 from scalecv.tasks.tell import each_class
 
 
@@ -23,10 +24,9 @@ def outputs(classes: int) -> int:
 
 def check(loss: Loss, classes: int) -> None:
     """Raises: ConfigError: a term for pixels, or one for two classes where there are more."""
-    for term in ("dice", "jaccard"):
+    for term in ("dice", "jaccard", "tversky", "lovasz", "pos_neg_iou"):
         refuse(loss, term, "compares areas, so it is for task=segment; use loss.cross_entropy")
-    if classes != 2:
-        refuse(loss, "bce", f"is for two classes, the dataset has {classes}; use loss.cross_entropy")
+    two_classes_alone(loss, classes, ("bce",))
 
 
 def losses(logits: Tensor, batch: Batch, loss: Loss, class_weights: Tensor | None) -> dict[str, Tensor]:
@@ -36,26 +36,42 @@ def losses(logits: Tensor, batch: Batch, loss: Loss, class_weights: Tensor | Non
 
 
 def score(logits: Tensor, batch: Batch) -> dict[str, Tensor]:
-    """Confusion int64 [K, K] and the number of valid rows."""
-    prediction = logits.detach().argmax(1)
-    matrix = numbers.confusion(prediction, batch["label"], logits.shape[1], batch["valid"])
-    return {"confusion": matrix, "rows": batch["valid"].sum()}
+    """Confusion int64 [K, K] and the number of valid rows; two classes: also probabilities int64 [2, BINS]."""
+    label, valid, rows = batch["label"], batch["valid"], batch["valid"].sum()
+    if logits.shape[1] != 2:
+        return {"confusion": numbers.confusion(logits.detach().argmax(1), label, logits.shape[1], valid), "rows": rows}
+    probabilities = binned.counts(torch.softmax(logits.detach().float(), 1)[:, 1], label, valid)
+    return {"confusion": binned.confusion_at(probabilities, 0.5), "probabilities": probabilities, "rows": rows}
 
 
-def summarise(sums: Mapping[str, Tensor], classes: Sequence[str]) -> dict[str, float]:
-    """accuracy, macro_accuracy, f1 (macro), and recall_NAME of up to 20 classes."""
-    matrix = sums["confusion"].cpu()
+def summarise(sums: Mapping[str, Tensor], classes: Sequence[str], threshold: float = 0.5) -> dict[str, float]:
+    """accuracy, macro_accuracy, f1 (macro), and recall_NAME of up to 20 classes.
+
+    Two classes: also average_precision and calibration_error, and the others at the threshold.
+    """
+    two = sums["probabilities"].cpu() if "probabilities" in sums else None
+    matrix = sums["confusion"].cpu() if two is None else binned.confusion_at(two, threshold)
     return {
         "accuracy": numbers.accuracy(matrix),
         "macro_accuracy": numbers.macro_accuracy(matrix),
         "f1": numbers.macro_f1(matrix),
         **each_class("recall", numbers.per_class(matrix)["recall"], classes),
+        **({} if two is None else _of_two(two)),
     }
 
 
-def predict(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Class int64 [B] and probability float32 [B, K]."""
+def _of_two(probabilities: Tensor) -> dict[str, float]:
+    return {
+        "average_precision": binned.average_precision(probabilities),
+        "calibration_error": binned.calibration_error(probabilities),
+    }
+
+
+def predict(logits: Tensor, threshold: float = 0.5) -> tuple[Tensor, Tensor]:
+    """Class int64 [B] and probability float32 [B, K]; of two classes the second from the threshold on."""
     probability = torch.softmax(logits.float(), 1)
+    if logits.shape[1] == 2:
+        return (probability[:, 1] >= threshold).long(), probability
     return probability.argmax(1), probability
 
 
@@ -70,4 +86,5 @@ CLASSIFY = Task(
     score=score,
     summarise=summarise,
     predict=predict,
+    tuned=False,
 )

@@ -5,15 +5,20 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 
 from scalecv.batches.collate import to_device
 from scalecv.batches.feed import Feed
 from scalecv.batches.plan import order_sum
 from scalecv.config import Loss
+from scalecv.metrics.binned import confusion_at
 from scalecv.metrics.sums import add, over_ranks
 from scalecv.models.losses import weighted
 from scalecv.tasks.pictures import Sample, to_rgb
 from scalecv.tasks.task import Task
+
+MOST_PX = 256
+"""Samples of masks keep fewer pixels where their longer side has twice as many or more."""
 
 
 @dataclass
@@ -30,6 +35,24 @@ class Evaluation:
     """The first rows of the split."""
     worst: list[tuple[float, Sample]] = field(default_factory=list)
     """(loss, sample), highest loss first."""
+    best: list[tuple[float, Sample]] = field(default_factory=list)
+    """(loss, sample), lowest loss first; of masks only those with foreground."""
+    threshold: float = 0.5
+    """Probability from which on two classes are told as the second, in the confusion and the samples."""
+
+    def at(self, threshold: float) -> "Evaluation":
+        """The same with two classes told apart elsewhere; more classes stay as they are."""
+        if "probabilities" not in self.sums:
+            return self
+        matrix = confusion_at(self.sums["probabilities"], threshold)
+        return replace(
+            self,
+            sums={**self.sums, "confusion": matrix},
+            first=[sample.at(threshold) for sample in self.first],
+            worst=[(loss, sample.at(threshold)) for loss, sample in self.worst],
+            best=[(loss, sample.at(threshold)) for loss, sample in self.best],
+            threshold=threshold,
+        )
 
 
 @torch.no_grad()
@@ -87,38 +110,78 @@ def _keep(
     per_sample: torch.Tensor,
     count: int,
 ) -> None:
-    """Hold on to the first rows and to those with the highest loss."""
+    """Hold on to the first rows, to those with the highest loss, and to those with the lowest."""
     losses = torch.where(batch["valid"], per_sample, -torch.inf).cpu()
-    bar = out.worst[-1][0] if len(out.worst) >= count else -torch.inf
-    wanted = set(torch.nonzero(losses > bar).flatten().tolist())
+    truth = batch[task.target].cpu()
+    is_shown = (truth > 0).flatten(1).any(1) if truth.ndim > 1 else torch.ones_like(losses, dtype=torch.bool)
+    gains = torch.where(is_shown & torch.isfinite(losses), -losses, -torch.inf)
+    high = _beyond(losses, out.worst[-1][0] if len(out.worst) >= count else -torch.inf)
+    low = _beyond(gains, -out.best[-1][0] if len(out.best) >= count else -torch.inf)
     room = max(0, count - len(out.first))
     fixed = [at for at in range(len(losses)) if bool(batch["valid"][at])][:room]
-    if not wanted and not fixed:
+    if not high | low and not fixed:
         return
     prediction, probability = (t.cpu() for t in task.predict(logits))
-    truth = (batch["mask"] if "mask" in batch else batch["label"]).cpu()
-    for at in sorted(wanted | set(fixed)):
+    for at in sorted(high | low | set(fixed)):
+        step = max(1, max(truth.shape[1:], default=0) // MOST_PX)  # larger ones would be drawn smaller anyway
         sample = Sample(
-            image=to_rgb(raw["image"][at].numpy()),
-            truth=truth[at].numpy(),
-            prediction=prediction[at].numpy(),
-            probability=probability[at].numpy(),
+            image=to_rgb(raw["image"][at].numpy()[:, ::step, ::step]),
+            truth=_thinned(truth[at], step),
+            prediction=_thinned(prediction[at], step),
+            probability=_thinned(_shown(probability[at]), step),
             id=raw["id"][at],
             path=raw["path"][at],
         )
         if at in fixed:
             out.first.append(sample)
-        if at in wanted:
+        if at in high:
             out.worst.append((float(losses[at]), sample))
+        if at in low:
+            out.best.append((float(losses[at]), sample))
     out.worst = sorted(out.worst, key=lambda pair: -pair[0])[:count]
+    out.best = sorted(out.best, key=lambda pair: pair[0])[:count]
+
+
+def _beyond(values: torch.Tensor, bar: float) -> set[int]:
+    return set(torch.nonzero(values > bar).flatten().tolist())
+
+
+def _thinned(values: torch.Tensor, step: int) -> NDArray[Any]:
+    """A copy of one number, of [K], or of every `step`-th row and column of [H, W]: batches share memory."""
+    return (values[::step, ::step] if values.ndim == 2 else values).numpy().copy()
+
+
+def _shown(probability: torch.Tensor) -> torch.Tensor:
+    """What a sample keeps of float32 [K] or [K, H, W]: of pixels only one number each."""
+    if probability.ndim == 1:
+        return probability
+    return probability[1] if len(probability) == 2 else probability.amax(0)
 
 
 def gather(out: Evaluation, count: int) -> Evaluation:
-    """The samples of all ranks, on every rank: the first of each in turn, and the worst of all."""
+    """The samples of all ranks, on every rank: the first of each in turn, the worst and the best of all.
+
+    Losses go round before samples do: no rank sends more than what is among the `count` of all.
+    """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return out
-    everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, (out.first, out.worst))
+    losses = _everywhere(([pair[0] for pair in out.worst], [pair[0] for pair in out.best], len(out.first)))
+    high = sorted((loss for rank in losses for loss in rank[0]), reverse=True)[:count]
+    low = sorted(loss for rank in losses for loss in rank[1])[:count]
+    room = max(0, count - sum(rank[2] for rank in losses[: torch.distributed.get_rank()]))
+    mine = (
+        out.first[:room],
+        [pair for pair in out.worst if pair[0] >= high[-1]],
+        [pair for pair in out.best if pair[0] <= low[-1]],
+    )
+    everyone = _everywhere(mine)
     first = [sample for rank in everyone for sample in rank[0]][:count]
     worst = sorted((pair for rank in everyone for pair in rank[1]), key=lambda pair: -pair[0])[:count]
-    return replace(out, first=first, worst=worst)
+    best = sorted((pair for rank in everyone for pair in rank[2]), key=lambda pair: pair[0])[:count]
+    return replace(out, first=first, worst=worst, best=best)
+
+
+def _everywhere(mine: Any) -> list[Any]:
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, mine)
+    return everyone

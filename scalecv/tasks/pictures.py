@@ -1,7 +1,7 @@
 """What a model saw, what was true and what it said, as PNG bytes. The charts stand in `charts`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -51,11 +51,16 @@ class Sample:
     prediction: NDArray[Any]
     """Class, int64 [] or [H, W]."""
     probability: NDArray[Any]
-    """float32 [K] or [K, H, W]."""
+    """float32 [K], or [H, W]: of the foreground where there are two classes, else of the class predicted."""
     id: str
     """Row id."""
     path: str = ""
     """Of the image in the source."""
+
+    def at(self, threshold: float) -> "Sample":
+        """The same with two classes told apart at a threshold."""
+        second = self.probability if self.truth.ndim else self.probability[1]
+        return replace(self, prediction=np.asarray(second >= threshold).astype(np.int64))
 
 
 def to_rgb(image: NDArray[Any], low: float = 2.0, high: float = 98.0) -> Pixels:
@@ -143,7 +148,7 @@ def _coloured(mask: NDArray[Any], colours: Pixels) -> Pixels:
 
 
 def _errors(sample: Sample, classes: int) -> Pixels:
-    """The image in pale grey; for two classes hits green, misses blue, false alarms red; else what is wrong red."""
+    """The image in pale grey; hits green, misses blue, false positives red; more classes: errors red."""
     grey = sample.image.mean(2, keepdims=True) * 0.5 + 110
     out = np.repeat(grey, 3, 2)
     labelled = sample.truth != IGNORE
@@ -166,7 +171,8 @@ def _agreement(sample: Sample, classes: int) -> str:
     if not truth.size:
         return "nothing labelled"
     if classes != 2:
-        return f"accuracy {float((truth == said).mean()):.2f}"
+        each = [(truth == k, said == k) for k in range(classes) if bool((truth == k).any() or (said == k).any())]
+        return f"mean IoU {float(np.mean([(a & b).sum() / (a | b).sum() for a, b in each])):.2f}"
     union = int(((truth == 1) | (said == 1)).sum())
     return f"IoU {int(((truth == 1) & (said == 1)).sum()) / union:.2f}" if union else "no foreground, none found"
 
@@ -219,7 +225,7 @@ def _legend(axes: "Axes", classes: Sequence[str], colours: Pixels) -> None:
         (short(name, 18), tuple(c / 255)) for name, c in zip(classes, colours, strict=False)
     ]
     if len(classes) == 2:
-        entries += [("found", "#40a050"), ("missed", "#1f5ac8"), ("false alarm", "#d62728")]
+        entries += [("true positive", "#40a050"), ("false negative", "#1f5ac8"), ("false positive", "#d62728")]
     else:
         entries += [("wrong", "#d62728")]
     entries += [("not labelled", tuple(c / 255 for c in UNLABELLED))]

@@ -7,7 +7,7 @@ that only fills the batch and counts nowhere), "id" list of str, "position" int6
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -38,11 +38,30 @@ class Task:
     losses: Callable[[Tensor, Batch, Loss, Tensor | None], dict[str, Tensor]]
     """(logits, batch, loss, class weights) -> each active term, float32 [B], 0 where not valid."""
     score: Callable[[Tensor, Batch], dict[str, Tensor]]
-    """(logits, batch) -> sums that add up: confusion int64 [K, K], rows int64."""
-    summarise: Callable[[Mapping[str, Tensor], Sequence[str]], dict[str, float]]
-    """(sums, class names) -> metrics by name, without the split."""
-    predict: Callable[[Tensor], tuple[Tensor, Tensor]]
-    """logits -> class int64 [B] or [B, H, W], probability float32 [B, K] or [B, K, H, W]."""
+    """(logits, batch) -> sums that add up: confusion int64 [K, K] (at 0.5), rows int64; for two classes also
+    probabilities int64 [2, BINS] (see metrics.binned)."""
+    summarise: "Summarise"
+    """(sums, class names, threshold) -> metrics by name, without the split; the headline first."""
+    predict: "Predict"
+    """(logits, threshold) -> class int64 [B] or [B, H, W], probability float32 [B, K] or [B, K, H, W]."""
+    tuned: bool
+    """Whether two classes get a tuned threshold where train.threshold is empty; else they are told apart at 0.5."""
+
+
+class Summarise(Protocol):
+    """Metrics of sums."""
+
+    def __call__(self, sums: Mapping[str, Tensor], classes: Sequence[str], threshold: float = 0.5) -> dict[str, float]:
+        """Two classes are told apart at the threshold, more by the largest logit."""
+        ...
+
+
+class Predict(Protocol):
+    """Classes and probabilities of logits."""
+
+    def __call__(self, logits: Tensor, threshold: float = 0.5) -> tuple[Tensor, Tensor]:
+        """Two classes are told apart at the threshold, more by the largest logit."""
+        ...
 
 
 def active_terms(
@@ -51,10 +70,13 @@ def active_terms(
     """The named terms of the loss, float32 [B] each; rows that are not valid give 0."""
     compute: dict[str, Callable[[], Tensor]] = {
         "cross_entropy": lambda: terms.cross_entropy(logits, target, class_weights, loss.label_smoothing),
-        "bce": lambda: terms.bce(logits, target, loss.pos_weight),
-        "dice": lambda: terms.dice(logits, target),
-        "jaccard": lambda: terms.jaccard(logits, target),
-        "focal": lambda: terms.focal(logits, target, loss.focal_gamma),
+        "bce": lambda: terms.bce(logits, target, loss.pos_weight, loss.neg_weight),
+        "dice": lambda: terms.dice(logits, target, loss.smooth),
+        "jaccard": lambda: terms.jaccard(logits, target, loss.smooth),
+        "tversky": lambda: terms.tversky(logits, target, loss.tversky_alpha, loss.tversky_beta, loss.smooth),
+        "lovasz": lambda: terms.lovasz(logits, target),
+        "pos_neg_iou": lambda: terms.pos_neg_iou(logits, target, loss.pos_iou, loss.neg_iou, loss.smooth),
+        "focal": lambda: terms.focal(logits, target, loss.focal_gamma, loss.focal_alpha),
     }
     return {name: torch.where(batch["valid"], compute[name](), 0.0) for name in names}
 
@@ -63,3 +85,13 @@ def refuse(loss: Loss, term: str, why: str) -> None:
     """Raises: ConfigError: the loss has a term that does not fit."""
     if term in loss.terms():
         raise ConfigError(f"loss.{term}={getattr(loss, term)} {why}")
+
+
+def two_classes_alone(loss: Loss, classes: int, names: Sequence[str]) -> None:
+    """Raises: ConfigError: a term, or a weight of positives, for two classes where there are more."""
+    if classes == 2:
+        return
+    for term in names:
+        refuse(loss, term, f"is for two classes, the dataset has {classes}; use loss.cross_entropy")
+    if loss.focal_alpha is not None:
+        raise ConfigError(f"loss.focal_alpha={loss.focal_alpha} is for two classes, the dataset has {classes}")

@@ -10,8 +10,8 @@ from scalecv.errors import ConfigError, DataError, nearest
 from scalecv.shards.manifest import Manifest
 
 MEASURES = {
-    "classify": ("loss", "accuracy", "macro_accuracy", "f1"),
-    "segment": ("loss", "iou", "f1", "accuracy", "macro_accuracy", "precision", "recall"),
+    "classify": ("loss", "accuracy", "macro_accuracy", "f1", "average_precision"),
+    "segment": ("loss", "iou", "f1", "average_precision", "precision", "recall", "macro_accuracy", "accuracy"),
 }
 PER_CLASS = ("recall_", "iou_")
 KIND = {"classify": "label", "segment": "mask"}
@@ -34,6 +34,7 @@ def check(experiment: Experiment, manifest: Manifest) -> list[str]:
             "out, or choose bands with data.bands"
         )
     _batch(experiment, manifest)
+    _threshold(experiment, manifest)
     if experiment.train.exact:
         _exact(experiment)
     _sizes(experiment)
@@ -92,6 +93,21 @@ def check_network(experiment: Experiment, manifest: Manifest) -> None:
     if gives not in (experiment.task, None):
         raise ConfigError(f"model.arch={experiment.model.arch} is a network to {gives}, the task is {experiment.task}")
     TASKS[experiment.task].check(experiment.loss, len(manifest.classes))
+
+
+def _threshold(experiment: Experiment, manifest: Manifest) -> None:
+    wanted, classes = experiment.train.threshold, len(manifest.classes)
+    if wanted is None:
+        return
+    if classes != 2:
+        raise ConfigError(
+            f"train.threshold={wanted} is for two classes, {experiment.data.uri} has {classes}: leave it out"
+        )
+    if wanted == "tuned" and not manifest.splits.get("val"):
+        raise ConfigError(
+            f"train.threshold=tuned needs a val split, {experiment.data.uri} has none ({_splits(manifest)}): set a "
+            "number instead"
+        )
 
 
 def _exact(experiment: Experiment) -> None:

@@ -11,11 +11,12 @@ from scalecv.errors import IntegrityError
 from scalecv.models.facts import model_facts
 from scalecv.shards.store import Dataset
 from scalecv.tasks import pictures
-from scalecv.tasks.evaluate import gather
+from scalecv.tasks.evaluate import Evaluation, gather
 from scalecv.train import checkpoint, loop
 from scalecv.train.job import Job
 from scalecv.train.loop import Event, Setup, State
 from scalecv.train.saving import facts_of, from_rank_0, now_ms
+from scalecv.train.threshold import chosen, fixed
 from scalecv.train.writer import on_host
 
 
@@ -29,6 +30,7 @@ def finish(setup: Setup, state: State, job: Job, dataset: Dataset, pixels: Pixel
         state.model.load_state_dict(bundle.read_weights(top.uri, facts))
         best_epoch = facts.epoch
     metrics: dict[str, float] = {}
+    train, threshold = setup.experiment.train, fixed(setup.experiment.train)
     events: list[Event] = [{"kind": "progress", "message": f"passed over {reason}"} for reason in skipped]
     for split in ("val", "test"):
         if split in setup.feeds:
@@ -43,14 +45,19 @@ def finish(setup: Setup, state: State, job: Job, dataset: Dataset, pixels: Pixel
                 ),
                 setup.experiment.track.pictures,
             )
+            if split == "val":
+                threshold = chosen(train, setup.task, checked)
+                events += _told(setup, checked, threshold)
+            checked = checked.at(threshold)
             metrics |= loop.summary(setup, checked, split)
-            metrics[f"{split}/rows"] = float(checked.rows)
+            metrics |= {f"{split}/rows": float(checked.rows), f"{split}/threshold": checked.threshold}
             if setup.rank == 0:
-                events += reports.draw(setup.task, checked, pixels.classes, job.run, split, state.updates)
+                key = "best/val" if split == "val" else split  # the last epoch's pictures have the same step
+                events += reports.draw(setup.task, checked, pixels.classes, job.run, split, state.updates, key=key)
     metrics |= {name: value for name, value in state.history[-1].items() if name.startswith("train/")}
     size = pixels.size_px
     shape = (pixels.channels, size or dataset.manifest.sizes_px[1], size or dataset.manifest.sizes_px[0])
-    told = facts_of(job, dataset, pixels, state) | {"metrics": metrics, "epoch": best_epoch}
+    told = facts_of(job, dataset, pixels, state) | {"metrics": metrics, "epoch": best_epoch, "threshold": threshold}
     parts = bundle.parts(on_host(state.model.state_dict()), **told)
     uri = storage.join(job.run, "bundles", f"{state.updates:08d}-{json.loads(parts[bundle.FACTS])['weights_hash'][:8]}")
     if setup.rank == 0:
@@ -81,6 +88,20 @@ def finish(setup: Setup, state: State, job: Job, dataset: Dataset, pixels: Pixel
         "data_wait_share": sorted(waits)[len(waits) // 2],
         "best_epoch": best_epoch,
     }
+
+
+def _told(setup: Setup, checked: Evaluation, threshold: float) -> list[Event]:
+    """What a person is told of the threshold, and of a model that has learned nothing."""
+    after, before = (loop.summary(setup, checked.at(at), "val") for at in (threshold, fixed(setup.experiment.train)))
+    headline, lines = f"val/{setup.task.headline}", []
+    if after != before:
+        lines.append(
+            f"threshold {threshold:.4g} (train.threshold, tuned on val): {headline} {after[headline]:.4f}, "
+            f"{before[headline]:.4f} at {fixed(setup.experiment.train):.4g}"
+        )
+    if after.get("val/is_trivial"):
+        lines.append(f"the model is trivial: {headline} {after[headline]:.4f} is that of background everywhere")
+    return [{"kind": "progress", "message": line} for line in lines]
 
 
 def _best(run: str, *, larger: bool) -> tuple[Any, None, list[str]]:

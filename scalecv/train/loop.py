@@ -18,9 +18,10 @@ from scalecv.batches.feed import Epoch, Feed
 from scalecv.batches.plan import order_sum
 from scalecv.config import Experiment
 from scalecv.errors import ScalecvError
-from scalecv.tasks.evaluate import Evaluation, evaluate
+from scalecv.tasks.evaluate import Evaluation, evaluate, gather
 from scalecv.tasks.task import Task
-from scalecv.train import micro_batch
+from scalecv.train import micro_batch, threshold
+from scalecv.train.gallery import Gallery
 from scalecv.train.meter import Meter
 from scalecv.train.optim import Progress, learning_rate
 from scalecv.train.requests import Asked, Leaves, Requests, Stopped
@@ -55,6 +56,7 @@ class Setup:
     saver: Saver
     requests: Requests
     watchdog: Watchdog
+    gallery: Gallery
 
 
 @dataclass
@@ -179,7 +181,12 @@ def _close_epoch(setup: Setup, state: State, told: dict[str, float]) -> None:
         def each() -> None:
             _heed(setup, state, _heard(setup))
 
-        checked = validate(setup, state.model, "val", each, size=state.micro_batch)
+        kept = setup.gallery.samples(state.epoch)
+        checked = validate(setup, state.model, "val", each, pictures=kept, size=state.micro_batch)
+        checked = checked.at(threshold.fixed(train))
+        if kept:
+            classes = setup.feeds["val"].pixels.classes
+            setup.gallery.show(setup.task, gather(checked, kept), classes, state.updates)
         scores |= summary(setup, checked, "val")
     scores["time/validation_s"] = time.perf_counter() - began
     value = scores.get(setup.metric)
@@ -203,7 +210,7 @@ def _close_epoch(setup: Setup, state: State, told: dict[str, float]) -> None:
         "is_epoch_end": True,
         "left_s": took * (train.epochs - state.epoch),
     }
-    setup.report([point, line, *setup.saver.written()])
+    setup.report([point, line, *setup.saver.written(), *setup.gallery.drawn()])
 
 
 def _heard(setup: Setup) -> Asked:
@@ -256,10 +263,10 @@ def validate(
 
 
 def summary(setup: Setup, checked: Evaluation, split: str) -> dict[str, float]:
-    """An evaluation as named numbers."""
-    named = setup.task.summarise(checked.sums, setup.feeds["train"].pixels.classes)
+    """An evaluation as named numbers, the headline first."""
+    named = setup.task.summarise(checked.sums, setup.feeds["train"].pixels.classes, checked.threshold)
     loss = float(checked.sums["loss"].item()) / max(1, checked.rows)
-    return {f"{split}/{name}": value for name, value in {"loss": loss, **named}.items()}
+    return {f"{split}/{name}": value for name, value in {**named, "loss": loss}.items()}
 
 
 def gather_order(state: State) -> None:

@@ -20,6 +20,7 @@ from scalecv.train.job import Job
 from scalecv.train.nonfinite import NonFiniteError
 from scalecv.train.optim import Progress
 from scalecv.train.requests import Requests
+from scalecv.train.threshold import fixed
 from scalecv.train.writer import Writer, as_optimizer, first_non_finite, on_host
 
 if TYPE_CHECKING:
@@ -188,6 +189,7 @@ def facts_of(job: Job, dataset: Dataset, pixels: Pixels, state: "State") -> dict
         ).model_dump(),
         "metrics": {name: value for name, value in last.items() if name != "epoch"},
         "epoch": state.epoch,
+        "threshold": fixed(experiment.train),
     }
 
 

@@ -25,6 +25,7 @@ from scalecv.tasks import TASKS
 from scalecv.tasks.task import Task
 from scalecv.train import checkpoint, exact, loop
 from scalecv.train.finish import finish
+from scalecv.train.gallery import Gallery
 from scalecv.train.job import Job, Place
 from scalecv.train.loop import Event, Setup, State
 from scalecv.train.optim import build_optimizer
@@ -96,7 +97,7 @@ def _work(
         else:
             hashes = {"data/order_hash": result["order_hash"], "weights_hash": result["weights_hash"]}
             report([{"kind": "tags", "tags": hashes}])
-    report([*setup.saver.written(), {"kind": "result", **result}])
+    report([*setup.saver.written(), *setup.gallery.close(), {"kind": "result", **result}])
     return result
 
 
@@ -167,6 +168,7 @@ def _setup(
         saver=Saver(job.run, experiment.track.keep, place.rank, about, requests, watchdog.tick, larger=larger),
         requests=requests,
         watchdog=watchdog,
+        gallery=Gallery(job.run, experiment.track.pictures, experiment.track.pictures_every, draws=place.rank == 0),
     )
 
 

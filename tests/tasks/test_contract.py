@@ -5,6 +5,7 @@ import torch
 
 from scalecv.config import LOSS_TERMS, Loss
 from scalecv.errors import ConfigError
+from scalecv.metrics.confusion import confusion
 from scalecv.metrics.sums import add
 from scalecv.models import build_model
 from scalecv.models.losses import weighted
@@ -154,6 +155,7 @@ def test_a_model_that_sees_nothing_is_told_as_trivial():
     scores = TASKS["segment"].summarise(TASKS["segment"].score(torch.full((1, 1, 10, 10), -9.0), batch), ["bg", "pv"])
     assert scores["accuracy"] == scores["trivial_accuracy"] == pytest.approx(0.97)
     assert scores["iou"] == scores["trivial_iou"] == scores["iou_pv"] == 0.0
+    assert scores["is_trivial"] == 1.0
 
 
 @pytest.mark.parametrize(
@@ -184,3 +186,33 @@ def test_the_loss_of_the_experiment_goes_before_the_default():
     assert set(task.losses(logits, batch, Loss(), None)) == {"bce", "dice"} == set(task.default_loss(2))
     assert set(task.losses(logits, batch, Loss(jaccard=1.0), None)) == {"jaccard"}
     assert set(task.default_loss(5)) == {"cross_entropy", "dice"}
+
+
+@pytest.mark.parametrize("name", ["classify", "segment"])
+@pytest.mark.parametrize("threshold", [0.25, 0.5, 0.625])
+def test_scores_at_a_threshold_are_those_of_the_predictions_at_it(name, threshold):
+    task = TASKS[name]
+    batch = batch_of(task, 2)
+    logits = torch.randn(8, task.outputs(2), *([SIDE, SIDE] if name == "segment" else []))
+    sums = task.score(logits, batch)
+    prediction, probability = task.predict(logits, threshold)
+    assert torch.equal(prediction, (probability[:, 1] >= threshold).long())
+    matrix = confusion(prediction, batch[task.target], 2)
+    told = task.summarise(sums, NAMES[:2], threshold)
+    assert told == {**told, **task.summarise({"confusion": matrix}, NAMES[:2])}
+    halves = {}
+    for where in (slice(0, 3), slice(3, 8)):  # two ranks add up as two batches do
+        add(halves, task.score(logits[where], part(batch, where)))
+    assert task.summarise(halves, NAMES[:2], threshold) == told
+
+
+def test_false_alarms_by_hand():
+    masks = torch.zeros(3, 2, 2, dtype=torch.long)
+    masks[0, 0, 0] = 1
+    logits = torch.tensor([[[2.0, 1.0], [-1, -1]], [[-2, -2], [-0.1, -2]], [[-3, -3], [-3, -3]]]).unsqueeze(1)
+    batch = {"mask": masks, "valid": torch.ones(3, dtype=torch.bool)}
+    sums = TASKS["segment"].score(logits, batch)
+    at_half, lower = (TASKS["segment"].summarise(sums, ["bg", "pv"], t) for t in (0.5, 0.25))
+    assert (at_half["false_positives_per_tile"], at_half["false_alarm_tiles"]) == (pytest.approx(1 / 3), 0.0)
+    assert (lower["false_positives_per_tile"], lower["false_alarm_tiles"]) == (pytest.approx(4 / 3), 0.5)
+    assert at_half["is_trivial"] == 0.0 and next(iter(at_half)) == "iou"

@@ -118,3 +118,27 @@ def test_nothing_to_show_is_still_a_picture():
 
 def test_colours_of_classes_differ():
     assert len({tuple(colour) for colour in pictures.palette(43)}) == 43
+
+
+def test_curves_of_a_threshold_also_of_nothing():
+    import torch
+
+    from scalecv.metrics import binned
+    from scalecv.tasks.curves import curves_of_two
+
+    truth = (torch.rand(5000) < 0.1).long()
+    p = torch.sigmoid(torch.randn(5000) + 3 * truth - 2)
+    counts = binned.counts(p.view(1, -1), truth.view(1, -1), torch.tensor([True]))
+    for found in (counts, torch.zeros_like(counts), counts * torch.tensor([[1], [0]])):
+        drawn = curves_of_two(found, 0.25, "val: $5_$")
+        assert set(drawn) == {"precision_recall", "thresholds", "calibration"}
+        for data in drawn.values():
+            opened(data)
+
+
+def test_a_sample_at_a_threshold():
+    probability = np.array([[0.2, 0.5], [0.7, 0.9]], np.float32)
+    one = Sample(np.zeros((2, 2, 3), np.uint8), np.zeros((2, 2), np.int64), np.ones((2, 2), np.int64), probability, "0")
+    assert one.at(0.75).prediction.tolist() == [[0, 0], [0, 1]] and one.at(0.5).prediction.sum() == 3
+    row = Sample(np.zeros((2, 2, 3), np.uint8), np.array(1), np.array(1), np.array([0.6, 0.4], np.float32), "0")
+    assert (int(row.at(0.25).prediction), int(row.at(0.5).prediction)) == (1, 0)
