@@ -101,9 +101,9 @@ def test_an_objective_that_moves_with_the_weights_of_the_loss(fields, tmp_path, 
     for weight in (1.0, 0.001):
         result = train(fields(**told, name=f"weight{weight}", loss__bce=weight, loss__dice=weight))
         kept = checkpoint.complete(result.run_uri)[0][-1]
-        found[weight] = (kept.value, result.metrics["val/loss"])
+        found[weight] = (kept.metric, result.metrics["val/loss"])
         history = json.loads(storage.get(storage.join(kept.uri, checkpoint.STATE)))["history"]
-        assert kept.value == history[-1]["val/iou"]
+        assert kept.metric == history[-1]["val/iou"]
     assert found[1.0][0] == found[0.001][0]
     assert found[1.0][1] == pytest.approx(1000 * found[0.001][1], rel=1e-3)
 
