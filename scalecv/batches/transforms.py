@@ -1,5 +1,7 @@
 """Deterministic resizing and random augmentation of one sample, image and mask together.
 
+torchvision is imported by what needs it alone: it takes seconds and 130 MB.
+
 All chance is in `draws`: numbers from (seed, epoch, sample id) alone. The same sample looks the same
 on any number of workers, in any thread, after any restart, whatever the version of a library.
 """
@@ -8,8 +10,6 @@ import hashlib
 
 import numpy as np
 import torch
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as F
 
 from scalecv.config import Augment
 from scalecv.schema import IGNORE
@@ -42,10 +42,8 @@ def resize(
     if how == "crop" and height != width:
         side = min(height, width)
         top, left = (height - side) // 2, (width - side) // 2
-        image, mask = (
-            F.crop(image, top, left, side, side),
-            None if mask is None else mask[top : top + side, left : left + side],
-        )
+        image = image[:, top : top + side, left : left + side]
+        mask = None if mask is None else mask[top : top + side, left : left + side]
     if image.shape[-2:] == (size_px, size_px):
         return image, mask
     return scaled(image, size_px, out), None if mask is None else _nearest(mask, size_px)
@@ -54,6 +52,8 @@ def resize(
 def scaled(image: torch.Tensor, size_px: int, out: torch.Tensor | None = None) -> torch.Tensor:
     """Bilinear with antialias; bytes by torch's kernel for bytes, straight into `out`, on every kind of CPU."""
     if image.dtype != torch.uint8:
+        from torchvision.transforms.v2 import functional as F
+
         changed: torch.Tensor = F.resize(image, [size_px, size_px], antialias=True)
         return changed
     if out is None:
@@ -132,6 +132,9 @@ def _reflected(size: int, shift: int) -> torch.Tensor:
 def _affine(
     image: torch.Tensor, mask: torch.Tensor | None, how: Augment, u: np.ndarray
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    from torchvision.transforms.v2 import InterpolationMode
+    from torchvision.transforms.v2 import functional as F
+
     height, width = image.shape[-2:]
     angle = float(how.rotate_deg * (2 * u[0] - 1))
     shift = [float(how.translate * (2 * u[1] - 1) * width), float(how.translate * (2 * u[2] - 1) * height)]
