@@ -74,7 +74,7 @@ class Facts(TypedDict):
     mask_values: dict[str, int]
     """Value in the mask -> pixels that count in the image too."""
     place: list[Any] | None
-    """CRS (or another name of a place) and the six numbers of the transform, where the file says where it lies."""
+    """CRS (or another name of a place), the six numbers of the transform, width and height; None if it does not say."""
     notes: dict[Note, str]
     """Note -> detail."""
 
@@ -105,9 +105,16 @@ def examine(
         "nodata": image.nodata,
         **sums,
         "mask_values": values,
-        "place": [image.place.crs, *image.place.transform] if image.place and image.place.is_placed else None,
+        "place": _place(image),
         "notes": notes | _odd(name, data, image, sums, has_nan) | (_jpeg_odd(data, image) if is_warned else {}),
     }
+
+
+def _place(image: Image) -> list[Any] | None:
+    found = image.place
+    if found is None or not found.is_placed:
+        return None
+    return [found.crs, *found.transform, found.width, found.height]
 
 
 @lru_cache(maxsize=64)

@@ -185,9 +185,9 @@ class Record(BaseModel):
             for value, pixels in facts["mask_values"].items():
                 _add(self.mask_values, value, pixels)
             if facts["place"]:
-                place, *transform = facts["place"]
-                size = {"width": facts["width"], "height": facts["height"]}
-                self.footprints.append(Footprint(path=row["path"], place=place, transform=tuple(transform), **size))
+                place, *transform, width, height = facts["place"]
+                told = {"place": place, "transform": tuple(transform), "width": width, "height": height}
+                self.footprints.append(Footprint(path=row["path"], **told))
             if facts["format"] == "TIFF":
                 self.rasters.setdefault(key, row["path"])
             sizes = _wider(sizes, [facts["width"], facts["height"]] * 2)

@@ -151,10 +151,14 @@ def _sample(
     except BadImage as error:
         return row, data, mask, sha256, error
     facts["notes"].pop("name", None)
-    if not profile.is_placed:
-        transform = raster.shifted(PIXELS, window.col, window.row)
-        facts["place"] = [SCENE + row["meta"]["scene"], *transform]
+    facts["place"] = _footprint(profile, row["meta"]["scene"], window)
     return row | {"content": _content(part, nodata)}, data, mask, sha256, facts
+
+
+def _footprint(profile: Profile, scene: str, window: Window) -> list[Any]:
+    """As `Facts` tells it, without what was filled up."""
+    known = (profile.crs, profile.transform) if profile.is_placed else (SCENE + scene, PIXELS)
+    return [known[0], *raster.shifted(known[1], window.col, window.row), window.width, window.height]
 
 
 def _content(pixels: NDArray[Any], nodata: float | None) -> str:

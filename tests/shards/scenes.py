@@ -16,7 +16,7 @@ def scene(seed: int, width: int, height: int, bands: int = 4, dtype: str = "uint
     for _ in range(max(1, width * height // 20_000)):
         top, left = int(rng.integers(0, height)), int(rng.integers(0, width))
         mask[top : top + 40, left : left + 40] = 1
-    image[mask == 1] += 5000
+    image[mask == 1] += np.array(5000).astype(dtype)
     return image, mask
 
 
