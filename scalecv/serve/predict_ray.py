@@ -2,11 +2,12 @@
 
 import json
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from scalecv import errors, runtime
+from scalecv import runtime
 from scalecv.errors import ScalecvError, StorageError
 from scalecv.serve.predict_chunk import Job, Worker
 from scalecv.shards.dispatch import PLACES, quiet
@@ -17,14 +18,18 @@ RETRIES = 3
 class Actor:
     """A model in a Ray actor."""
 
-    def __init__(self, job: Job, places: dict[str, str], threads: int) -> None:
+    def __init__(self, job: Job, places: dict[str, str], folder: str) -> None:
         for name, value in places.items():
             os.environ.setdefault(name, value)
-        self._worker = Worker(job, threads)
+        if job.allow_import:
+            sys.path.append(folder)
+        self._job = job
+        self._worker: Worker | None = None
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         """Do one chunk; its record, or the error that ended it."""
         try:
+            self._worker = self._worker or Worker(self._job, threads=1)
             record = self._worker(json.loads(item["chunk"]))
         except ScalecvError as error:
             return {"record": "", "error": str(error), "error_type": type(error).__name__}
@@ -48,7 +53,7 @@ def run(job: Job, chunks: list[dict[str, Any]], concurrency: int | None) -> Iter
         warnings.simplefilter("ignore", DeprecationWarning)
         done = ray.data.from_items(items, override_num_blocks=len(items)).map(
             Actor,
-            fn_constructor_kwargs={"job": job, "places": places, "threads": 1},
+            fn_constructor_kwargs={"job": job, "places": places, "folder": os.getcwd()},
             num_cpus=1,
             num_gpus=1 if gpus else 0,
             concurrency=min(most, len(items)),
@@ -58,8 +63,5 @@ def run(job: Job, chunks: list[dict[str, Any]], concurrency: int | None) -> Iter
         try:
             yield from done.iter_rows()
         except (ray.exceptions.RayError, ray.exceptions.RaySystemError) as error:
-            cause = getattr(error, "cause", None)
-            if isinstance(cause, errors.ScalecvError):
-                raise cause from error
             said = str(error).strip().splitlines()[-1][:200]
             raise StorageError(f"a chunk failed {RETRIES + 1} times ({said}): the same command goes on") from error

@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +36,6 @@ def made(tmp_path, monkeypatch):
     """A function that gives a bundle of a small network of random weights."""
     (tmp_path / "reachnet.py").write_text(NET)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
 
     def make(task: str, bands: int, dtype: str, classes=("ground", "roof"), size_px=None, values=(0, 1), **norm) -> str:
         import reachnet
@@ -191,11 +189,11 @@ def test_a_dataset_and_its_files_are_predicted_alike(made, tmp_path):
 
 
 @pytest.mark.e2e
-def test_actors_give_what_one_process_gives(made, tmp_path, ray_local):
+def test_actors_give_what_one_process_gives(made, tmp_path, monkeypatch, ray_local):
     image, _ = scene(0, 300, 260)
     for i in range(3):
         write(tmp_path / "s", f"{i}.tif", raster.encode(np.roll(image, i * 40, 1), None, wkt(), place(300 * i, 0)))
-    (tmp_path / "src").mkdir()
+    monkeypatch.chdir(tmp_path)  # where the network's own module lies
     model = made("segment", 4, "uint16", mean=2000.0, std=1500.0)
     here = run(model, tmp_path / "s", tmp_path / "here", tile=128)
     there = run(model, tmp_path / "s", tmp_path / "there", tile=128, concurrency=1)
