@@ -17,7 +17,7 @@ def predict(
     to: Annotated[str, typer.Option(help="Where predictions go: a path or URI.")],
     split: Annotated[str | None, typer.Option(help="Split of a dataset; all of it by default.")] = None,
     version: Annotated[int | None, typer.Option(help="Version of a dataset; the newest by default.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images or windows at a time.")] = 16,
+    batch: Annotated[int | None, typer.Option(min=1, help="Images or windows at a time.")] = None,
     tile: Annotated[int | None, typer.Option(min=8, help="Side of the windows of a large scene, in pixels.")] = None,
     overlap: Annotated[int | None, typer.Option(min=0, help="Pixels that windows share; a quarter by default.")] = None,
     probability: Annotated[str | None, typer.Option(help="Also probabilities: float32, or uint8 (0 to 254).")] = None,

@@ -53,7 +53,7 @@ def predict(
     *,
     split: str | None = None,
     version: int | None = None,
-    batch: int = 16,
+    batch: int | None = None,
     tile: int | None = None,
     overlap: int | None = None,
     probability: Literal["float32", "uint8"] | None = None,
@@ -72,7 +72,7 @@ def predict(
         to: where predictions go.
         split: of a dataset; None takes all.
         version: of a dataset; None takes the newest.
-        batch: images or windows that go through the network together.
+        batch: images or windows that go through the network together; None takes about a million pixels, 8 on a GPU.
         tile: side of the windows of a scene in pixels; None takes the side of training, or 512.
         overlap: pixels that windows share at least; None takes a quarter of the side.
         probability: also write the probability of each class, as float32 or as 0 to 254.

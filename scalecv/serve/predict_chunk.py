@@ -42,7 +42,7 @@ class Job:
     version: int | None
     """Of a dataset; None for files."""
     to: str
-    batch: int
+    batch: int | None
     tile: int | None
     overlap: int | None
     probability: str | None

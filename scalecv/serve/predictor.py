@@ -24,6 +24,8 @@ MULTIPLE_PX = 32
 """Sides of what a segmentation network sees are filled up to a multiple of this."""
 WHOLE_PX = 2048
 """A model that was trained on resized images resizes images up to this side too; larger ones are scenes."""
+AT_ONCE_PX = 1 << 20
+"""Pixels that go through the network together where no batch is given; 8 times as many on a GPU."""
 TILE_PX = 512
 """Side of the windows of a scene for a model that was trained on native pixels."""
 
@@ -47,16 +49,20 @@ class Rows:
 class Predictor:
     """A network with what its input needs."""
 
-    def __init__(self, bundle: Bundle, device: torch.device, batch: int, tile: int | None, overlap: int | None) -> None:
+    def __init__(
+        self, bundle: Bundle, device: torch.device, batch: int | None, tile: int | None, overlap: int | None
+    ) -> None:
         """Args: as of `scalecv.serve.predict.predict`."""
         self.facts = bundle.facts
         self.task = TASKS[bundle.facts.task]
         self._how = bundle.pixels()
         self._model = bundle.model.to(device)
-        self._device, self._batch = device, batch
+        self._device = device
         self._whole_px = tile or (max(WHOLE_PX, self._how.size_px) if self._how.size_px else TILE_PX)
         self._tile = tile or self._how.size_px or TILE_PX
         self._overlap = self._tile // 4 if overlap is None else overlap
+        side = self._tile if self.task.name == "segment" else self._how.size_px or TILE_PX
+        self._batch = batch or max(1, min(64, (AT_ONCE_PX << 3 * (device.type == "cuda")) // side**2))
 
     def decide(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Class int64 and probability float32, as the task decides."""
