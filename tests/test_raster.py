@@ -1,3 +1,4 @@
+import io
 import warnings
 
 import numpy as np
@@ -5,6 +6,7 @@ import pytest
 import rasterio
 
 from scalecv import raster
+from scalecv.tiles import Window
 
 
 def tiff(pixels_HWC: np.ndarray, **profile) -> bytes:
@@ -51,3 +53,62 @@ def test_other_drivers_stay_shut(tmp_path):
     vrt = b'<VRTDataset rasterXSize="1" rasterYSize="1"><VRTRasterBand dataType="Byte" band="1"/></VRTDataset>'
     with pytest.raises(raster.RasterError):
         raster.read(vrt)
+
+
+@pytest.mark.parametrize("name", ["pvroof", "naip4", "water12", "pv4band"])
+def test_a_tile_that_is_cut_and_encoded_is_the_same_pixels_in_the_same_place(shared_data, name):
+    data = next(shared_data(name).glob("*/images/*")).read_bytes()
+    whole, nodata = raster.read(data)
+    with raster.open_scene(lambda: io.BytesIO(data)) as scene:
+        found, window = scene.profile, Window(10, 7, 64, 50)
+        pixels = scene.read(window)
+    assert found == raster.profile(data)
+    np.testing.assert_array_equal(pixels, whole[10:74, 7:57])
+    place = raster.shifted(found.transform, window.col, window.row) if found.is_placed else found.transform
+    tile = raster.encode(pixels, nodata, found.wkt, place, found.names)
+    np.testing.assert_array_equal(raster.read(tile)[0], pixels)
+    again = raster.profile(tile)
+    assert (again.dtype, again.crs, again.transform, again.names) == (found.dtype, found.crs, place, found.names)
+    # GDAL writes what Esri's software wrote (pv4band) in its own words: GRS 1980 with three digits less.
+    assert again.wkt == found.wkt or name == "pv4band"
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "uint16", "int32", "float32", "float64"])
+def test_tiles_of_any_dtype_are_encoded_without_loss(dtype):
+    pixels = ((np.random.default_rng(0).random((9, 7, 5)) - 0.5 * (dtype[0] != "u")) * 200).astype(dtype)
+    np.testing.assert_array_equal(raster.read(raster.encode(pixels, nodata=0))[0], pixels)
+
+
+def test_rows_that_are_written_become_a_cog_with_the_same_georeference(shared_data, tmp_path):
+    found = raster.profile(next(shared_data("pvroof").glob("*/images/*")).read_bytes())
+    values = np.random.default_rng(0).integers(0, 4, (1, 700, 600), dtype=np.uint8)
+    place = (str(tmp_path / "a.tif"), (600, 700), 1, "uint8", 255, found.wkt, found.transform)
+    with raster.create(*place, {"classes": "ground,roof"}) as write:
+        for top in range(0, 700, 300):
+            write(top, values[:, top : top + 300])
+    raster.to_cog(str(tmp_path / "a.tif"), str(tmp_path / "b.tif"), is_classes=True)
+    with rasterio.open(tmp_path / "b.tif") as cog:
+        assert cog.tags(ns="IMAGE_STRUCTURE")["LAYOUT"] == "COG" and cog.overviews(1) and cog.nodata == 255
+        np.testing.assert_array_equal(cog.read(), values)
+        assert cog.crs.to_wkt() == found.wkt and tuple(cog.transform)[:6] == found.transform
+        assert cog.tags()["classes"] == "ground,roof"
+
+
+def test_of_a_scene_only_what_is_needed_is_read_and_what_is_gone_is_named():
+    pixels = np.random.default_rng(0).integers(0, 255, (1024, 256, 3), dtype=np.uint8)
+    data = tiff(pixels, tiled=True, blockxsize=64, blockysize=64)
+
+    class Counted(io.BytesIO):
+        taken = 0
+
+        def read(self, size=-1):
+            Counted.taken += size
+            return super().read(size)
+
+    with raster.open_scene(lambda: Counted(data)) as scene:
+        np.testing.assert_array_equal(scene.read(Window(64, 0, 64, 256)), pixels[64:128])
+    assert Counted.taken < len(data) // 8
+    with raster.open_scene(lambda: io.BytesIO(data[: len(data) // 2])) as scene:
+        scene.read(Window(0, 0, 64, 64))
+        with pytest.raises(raster.RasterError):
+            scene.read(Window(960, 0, 64, 64))

@@ -47,10 +47,9 @@ def sample(
     share = how.augment.resized_crop if u is not None and how.size_px else None
     array, box = _decoded(image, share if mask is None else None, u)
     target = None if mask is None else torch.from_numpy(_classes(decode.decode_mask(mask), how))
-    array, missing = _channels(array, nodata, how)
+    picture, missing = image_of(array, nodata, how)
     if target is not None and missing is not None:
         target[torch.from_numpy(missing)] = IGNORE
-    picture = torch.from_numpy(array).permute(2, 0, 1)
     if how.size_px and share is None:
         picture, target = transforms.resize(picture, target, how.size_px, how.resize, out)
     if u is not None:
@@ -105,6 +104,12 @@ def _channels(array: np.ndarray, nodata: float | None, how: Pixels) -> tuple[np.
     if array.flags.writeable and array.flags.c_contiguous and array.dtype == how.dtype:
         return array, missing
     return np.array(array, dtype=how.dtype, order="C"), missing  # Pillow hands out read-only memory
+
+
+def image_of(array: np.ndarray, nodata: float | None, how: Pixels) -> tuple[torch.Tensor, np.ndarray | None]:
+    """Pixels [H, W, bands] as a file holds them as [C, H, W] in how.dtype, and where they are missing (bool [H, W])."""
+    wanted, missing = _channels(array, nodata, how)
+    return torch.from_numpy(wanted).permute(2, 0, 1), missing
 
 
 def _missing(array: np.ndarray, nodata: float | None) -> np.ndarray | None:

@@ -28,6 +28,13 @@ def ingest(
     split_folder: Annotated[
         list[str] | None, typer.Option(help="A top folder that is a split by another name, as place_b=val.")
     ] = None,
+    tile: Annotated[int | None, typer.Option(help="Cut large rasters into windows of this side, in pixels.")] = None,
+    overlap: Annotated[int, typer.Option(help="Pixels that neighbouring windows share.")] = 0,
+    split_by: Annotated[
+        str | None, typer.Option(help="Kept together: scene (those that lie on each other), or block (with --tile).")
+    ] = None,
+    block: Annotated[str | None, typer.Option(help="Side of a block: pixels, as 4096, or map units, 2000map.")] = None,
+    drop_empty: Annotated[bool, typer.Option("--drop-empty", help="Leave out windows without a valid pixel.")] = False,
     csv: Annotated[str | None, typer.Option(help="Name of the table in SOURCE (layout csv).")] = None,
     classes: Annotated[str | None, typer.Option(help="Class names in the order of their numbers, a,b,c.")] = None,
     mask_values: Annotated[str | None, typer.Option(help="Values that masks may hold, as 0,1.")] = None,
@@ -53,6 +60,11 @@ def ingest(
         group=group,
         split=split,
         split_folders=_pairs(split_folder or []),
+        tile=tile,
+        overlap=overlap,
+        split_by=split_by,
+        block=block,
+        drop_empty=drop_empty,
         csv=csv,
         classes=tuple(name.strip() for name in classes.split(",")) if classes else (),
         mask_values=_integers(mask_values),

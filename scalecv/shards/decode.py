@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scalecv import raster
+from scalecv.raster import Profile
 from scalecv.shards import jpeg
 
 Reason = Literal[
@@ -43,7 +44,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 """What Pillow may open; TIFF goes through rasterio."""
 
 _ORIENTATION = 0x0112
-_TIFF = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
+TIFF = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
 _AS = {  # Pillow's mode -> mode that the pixels are given in; others are refused
     **{"L": "L", "RGB": "RGB", "RGBA": "RGBA", "LA": "LA", "I": "I", "F": "F"},
     **{"P": "RGB", "PA": "RGB", "CMYK": "RGB", "YCbCr": "RGB", "1": "L", "La": "LA", "RGBa": "RGBA", "RGBX": "RGB"},
@@ -72,6 +73,8 @@ class Image:
     """PNG, JPEG, WEBP, GIF, BMP or TIFF, by content."""
     nodata: float | None
     """Value of pixels without data, as a raster says."""
+    place: Profile | None = None
+    """The header of a raster, with its georeference."""
 
 
 def decode_image(data: bytes) -> Image:
@@ -81,7 +84,7 @@ def decode_image(data: bytes) -> Image:
     """
     if not data:
         raise BadImage("empty", "0 bytes")
-    if data.startswith(_TIFF):
+    if data.startswith(TIFF):
         return _tiff(data)
     picture = _load(data)
     kind = "JPEG" if picture.format == "MPO" else str(picture.format)
@@ -112,7 +115,7 @@ def decode_mask(data: bytes) -> NDArray[Any]:
     """
     if not data:
         raise BadImage("empty", "0 bytes")
-    if data.startswith(_TIFF):
+    if data.startswith(TIFF):
         values = _tiff(data).pixels
     else:
         picture = _upright(_load(data))
@@ -121,6 +124,14 @@ def decode_mask(data: bytes) -> NDArray[Any]:
         values = np.asarray(picture)
         if values.dtype == bool:
             values = values.astype(np.uint8)
+    return class_numbers(values)
+
+
+def class_numbers(values: NDArray[Any]) -> NDArray[Any]:
+    """[H, W] of the numbers of a mask that was decoded as [H, W] or [H, W, C].
+
+    Raises: BadImage: several bands that differ, or numbers that are not whole.
+    """
     if values.ndim == 3:
         if any(not np.array_equal(values[..., 0], values[..., i]) for i in range(1, values.shape[-1])):
             raise BadImage("mask_damaged", f"{values.shape[-1]} bands that differ; a mask holds one band of numbers")
@@ -186,7 +197,7 @@ def _tiff(data: bytes) -> Image:
         raise BadImage("unsupported" if "different dtypes" in said else "damaged", said) from None
     except TypeError as error:
         raise BadImage("unsupported", _said(error)) from None
-    return Image(pixels, "TIFF", nodata)
+    return Image(pixels, "TIFF", nodata, header)
 
 
 def _check_size(width: int, height: int, bytes_per_pixel: int, encoded_bytes: int) -> None:

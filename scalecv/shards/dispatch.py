@@ -14,7 +14,7 @@ RETRIES = 3
 """Times that a unit runs again after its process or node was lost."""
 HERE_ROWS, HERE_BYTES = 20_000, 128 << 20
 """What one process examines in less time than Ray takes to start: 128 MB of photographs take it about 5 s."""
-_PLACES = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
+PLACES = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
 
 
 def run_units(
@@ -67,8 +67,8 @@ def _in_ray(items: list[dict[str, Any]], target: str, concurrency: int | None) -
     import ray
     import ray.data
 
-    places = {name: os.environ[name] for name in _PLACES if name in os.environ}
-    with _quiet(ray.data.DataContext.get_current()), warnings.catch_warnings():
+    places = {name: os.environ[name] for name in PLACES if name in os.environ}
+    with quiet(ray.data.DataContext.get_current()), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # max_retries has no other way into Ray Data 2.60
         done = ray.data.from_items(items, override_num_blocks=len(items)).map(
             run_remote,
@@ -87,7 +87,7 @@ def _in_ray(items: list[dict[str, Any]], target: str, concurrency: int | None) -
 
 
 @contextlib.contextmanager
-def _quiet(context: Any) -> Iterator[None]:
+def quiet(context: Any) -> Iterator[None]:
     """Ray Data's own lines and bars off: progress is told by us."""
     logger = logging.getLogger("ray.data")
     before = logger.level, context.enable_progress_bars, context.print_on_execution_start

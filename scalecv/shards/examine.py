@@ -72,7 +72,9 @@ class Facts(TypedDict):
     min: list[float]
     max: list[float]
     mask_values: dict[str, int]
-    """Value in the mask -> pixels."""
+    """Value in the mask -> pixels that count in the image too."""
+    place: list[Any] | None
+    """CRS (or another name of a place), the six numbers of the transform, width and height; None if it does not say."""
     notes: dict[Note, str]
     """Note -> detail."""
 
@@ -91,8 +93,8 @@ def examine(
     Raises: BadImage: with the reason for which the sample is set aside.
     """
     image, is_warned = _decoded(data)
-    counted, has_nan = _counted(image)
-    values, notes = _mask_values(mask, image.pixels.shape, declared, ignore)
+    counted, has_nan, keep = _counted(image)
+    values, notes = _mask_values(mask, image.pixels.shape, declared, ignore, keep)
     sums = band_sums(counted)
     return {
         "width": image.pixels.shape[1],
@@ -103,8 +105,16 @@ def examine(
         "nodata": image.nodata,
         **sums,
         "mask_values": values,
+        "place": _place(image),
         "notes": notes | _odd(name, data, image, sums, has_nan) | (_jpeg_odd(data, image) if is_warned else {}),
     }
+
+
+def _place(image: Image) -> list[Any] | None:
+    found = image.place
+    if found is None or not found.is_placed:
+        return None
+    return [found.crs, *found.transform, found.width, found.height]
 
 
 @lru_cache(maxsize=64)
@@ -199,8 +209,8 @@ def _histogram(values_N: NDArray[Any]) -> NDArray[Any]:
     return np.array(PIL.Image.fromarray(np.ascontiguousarray(values_N)[None]).histogram())
 
 
-def _counted(image: Image) -> tuple[NDArray[Any], bool]:
-    """[N, C] of the pixels that count, and whether some number is not finite."""
+def _counted(image: Image) -> tuple[NDArray[Any], bool, NDArray[np.bool_] | None]:
+    """[N, C] of the pixels that count, whether some number is not finite, and which count (None for all), bool [N]."""
     pixels = image.pixels
     if image.format == "JPEG":  # exact sums would cost half of its decoding
         pixels = pixels[:: max(1, pixels.shape[0] * pixels.shape[1] // SAMPLED_PIXELS)]
@@ -213,11 +223,17 @@ def _counted(image: Image) -> tuple[NDArray[Any], bool]:
     if image.nodata is not None and not math.isnan(image.nodata):
         data = ~(flat == image.nodata).all(axis=1)
         keep = data if keep is None else keep & data
-    return (flat if keep is None or keep.all() else flat[keep]), has_nan
+    if keep is None or keep.all():
+        return flat, has_nan, None
+    return flat[keep], has_nan, keep
 
 
 def _mask_values(
-    mask: bytes | None, shape: tuple[int, ...], declared: Sequence[int], ignore: int | None
+    mask: bytes | None,
+    shape: tuple[int, ...],
+    declared: Sequence[int],
+    ignore: int | None,
+    keep: NDArray[np.bool_] | None,
 ) -> tuple[dict[str, int], dict[Note, str]]:
     if mask is None:
         return {}, {}
@@ -228,8 +244,9 @@ def _mask_values(
     if values.shape != shape[:2]:
         (mask_h, mask_w), (height, width) = values.shape, shape[:2]
         raise BadImage("mask_size", f"mask of {mask_w}x{mask_h} px for an image of {width}x{height} px")
-    if values.dtype == np.uint8:
-        counts = _histogram(values.ravel())
+    values = values.ravel() if keep is None else values.ravel()[keep]
+    if values.dtype == np.uint8 and len(values):
+        counts = _histogram(values)
         seen = {int(v): int(counts[v]) for v in np.flatnonzero(counts)}
     else:
         found, counts = np.unique(values, return_counts=True)

@@ -4,7 +4,7 @@ import datetime
 import hashlib
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -15,9 +15,11 @@ from scalecv import storage
 from scalecv.errors import DataError
 from scalecv.schema import SPLITS
 from scalecv.shards import manifest as manifests
+from scalecv.shards.cut import tiling
 from scalecv.shards.examine import MAX_MASK_VALUES, NOTES, Note
 from scalecv.shards.manifest import Manifest, Quarantine
 from scalecv.shards.options import IngestOptions
+from scalecv.shards.places import Places
 from scalecv.shards.plan import UnitSettings
 from scalecv.shards.record import Aside, BandSums, Record, Totals
 from scalecv.shards.store import FACTS
@@ -53,16 +55,23 @@ def add_up(work: Work, options: IngestOptions, said: Sequence[str]) -> Manifest:
     totals = Totals()
     with tempfile.TemporaryDirectory(prefix="scalecv-") as folder:
         bad, odd = _Asides(Path(folder) / "quarantine.parquet"), _Asides(Path(folder) / "notes.parquet")
+        places = Places(Path(folder) / "footprints.parquet")
         if work.parent is not None:
             for writer, facts in ((bad, work.parent.quarantine), (odd, work.parent.notes)):
                 writer.copy(work.uri, facts, work)
+            for rows in aside_rows(work.uri, work.parent.footprints):
+                places.add_rows(rows)
         for record in _records(work):
             totals.add(record)
             bad.add(work.settings.source, record.quarantine)
             odd.add(work.settings.source, record.notes)
+            places.add(record)
         check_budget(totals.reasons, totals.examples, sum(totals.splits.values()), options.max_bad)
         quarantine, notes = bad.put(work.uri), odd.put(work.uri)
-    return _manifest(work, options, totals, quarantine, notes, said)
+        overlaps = places.overlaps()
+        footprints = places.put(work.uri)
+    files = {"quarantine": quarantine, "notes": notes, "footprints": footprints, "overlaps": overlaps}
+    return _manifest(work, options, totals, files, said)
 
 
 def check_budget(
@@ -94,7 +103,7 @@ def check_budget(
 
 
 def _manifest(
-    work: Work, options: IngestOptions, totals: Totals, quarantine: Quarantine, notes: Quarantine, said: Sequence[str]
+    work: Work, options: IngestOptions, totals: Totals, files: Mapping[str, Any], said: Sequence[str]
 ) -> Manifest:
     parent, settings = work.parent, work.settings
     classes, values = _classes(work, options, totals)
@@ -130,13 +139,21 @@ def _manifest(
         encoded_bytes=(parent.encoded_bytes if parent else 0) + totals.encoded_bytes,
         meta=settings.meta,
         shards=(*(parent.shards if parent else ()), *totals.shards),
-        quarantine=quarantine,
-        notes=notes,
+        tiling=tiling(options),
+        crs=_sum(parent.crs if parent else {}, totals.crs),
+        **files,
     )
     return manifest.model_copy(
         update={
             "fingerprint": manifests.fingerprint(manifest),
-            "warnings": (*said, *_note_lines(totals), *_class_lines(manifest), *_raster_lines(totals)),
+            "warnings": (
+                *said,
+                *_note_lines(totals),
+                *_class_lines(manifest),
+                *_raster_lines(totals),
+                *_band_lines(manifest),
+                *_place_lines(manifest, totals, parent),
+            ),
         }
     )
 
@@ -187,6 +204,24 @@ def _class_lines(manifest: Manifest) -> Iterator[str]:
     empty = [name for name in manifest.classes if not any(name in c for c in manifest.class_counts.values())]
     if empty:
         yield f"no image shows the declared classes {', '.join(empty[:8])}{' …' if len(empty) > 8 else ''}"
+
+
+def _band_lines(manifest: Manifest) -> Iterator[str]:
+    for kind, stats in manifest.stats.items():
+        if stats.pixels and len(stats.mean) > 1:
+            yield from manifests.constant_bands(stats, kind if len(manifest.stats) > 1 else "")
+
+
+def _place_lines(manifest: Manifest, totals: Totals, parent: Manifest | None) -> Iterator[str]:
+    if totals.dropped:
+        yield f"{totals.dropped} windows without a valid pixel were left out (--drop-empty)"
+    for overlap in manifest.overlaps:
+        yield (
+            f"{manifests.overlap_line(overlap)}: scores there will be too good, and train refuses them; split by "
+            "place: --split-by scene, --split-by block with --tile, or --split-folder"
+        )
+    if manifest.footprints.rows and parent is not None and not parent.footprints.rows:
+        yield "the version before does not say where its rows lie: overlaps with them are not known"
 
 
 def _raster_lines(totals: Totals) -> Iterator[str]:

@@ -16,11 +16,13 @@ from typing import Any, Literal
 
 from scalecv import storage
 from scalecv.errors import ConfigError, DataError, nearest
+from scalecv.shards import cut as cuts
 from scalecv.shards import plan as plans
 from scalecv.shards import store
 from scalecv.shards.commit import commit
 from scalecv.shards.dispatch import run_units
 from scalecv.shards.facts import Work, add_up, aside_rows, check_budget
+from scalecv.shards.manifest import Tiling
 from scalecv.shards.options import IngestOptions, IngestResult, Progress
 from scalecv.shards.plan import Collected, UnitSettings
 from scalecv.shards.record import Record
@@ -49,7 +51,7 @@ def ingest(options: IngestOptions, progress: Callable[[Progress], None] = lambda
     )
     shares = plans.parse_shares(options.split or DEFAULT_SHARES)
     parent = _parent(options)
-    collected = plans.collect(list_source(options), clock.listed)
+    collected = plans.collect(cuts.cut(list_source(options), options, _source(options)), clock.listed)
     if not plans.totals(collected)[0]:
         raise DataError(_empty(options, collected))
     settings = _settings(options, collected, parent if options.append else None)
@@ -199,7 +201,7 @@ def _describe(target: str, units: Iterator[plans.Unit]) -> _Todo:
             names.append(unit.name)
             record = _finished(target, unit.name) if unit.name + ".json" in there else None
             if record is not None:
-                done_rows += record.rows + len(record.quarantine)
+                done_rows += record.rows + record.dropped + len(record.quarantine)
                 bad.update(aside.reason for aside in record.quarantine)
                 continue
             pending.append(unit.name)
@@ -255,16 +257,31 @@ def _settings(options: IngestOptions, collected: Collected, parent: Dataset | No
                 f"{options.source} has the label {strange[0]}, --classes names {', '.join(options.classes[:8])}"
                 f"{nearest(strange[0], options.classes)}: name all classes, or leave --classes out"
             )
-    # A folder for a table: paths are below the folder that holds it.
-    source = locate(options.source, options.csv)[0] if options.layout == "csv" else options.source
+    tiling = cuts.tiling(options)
+    if old is not None and tiling != old.tiling:
+        raise DataError(
+            f"the dataset at {options.to} has {_tiles(old.tiling)}, this ingest would add {_tiles(tiling)}: append "
+            "with the same --tile and --overlap, or ingest into another place"
+        )
     return UnitSettings(
-        source=source,
+        source=_source(options),
         kind=kind,
         meta=old.meta if old else collected.meta,
         mask_values=options.mask_values,
         mask_ignore=old.mask_ignore if old else options.mask_ignore,
         row_group_bytes=int(options.row_group_mb * (1 << 20)),
+        tile_px=options.tile,
+        drop_empty=options.drop_empty,
     )
+
+
+def _source(options: IngestOptions) -> str:
+    """What paths are below: for a table the folder that holds it."""
+    return locate(options.source, options.csv)[0] if options.layout == "csv" else options.source
+
+
+def _tiles(tiling: Tiling | None) -> str:
+    return f"tiles of {tiling.size_px} px that share {tiling.overlap_px}" if tiling else "whole images"
 
 
 _KINDS = {"label": "class labels", "mask": "masks", "image": "no labels"}

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 
 from pydantic import Field
 
@@ -59,6 +60,22 @@ class Quarantine(Frozen):
     sha256: str | None = None
 
 
+class Tiling(Frozen):
+    """How scenes were cut into rows."""
+
+    size_px: int
+    overlap_px: int
+
+
+class Overlap(Frozen):
+    """Rows of two splits that lie on each other: what is learnt from one is asked in the other."""
+
+    splits: tuple[str, str]
+    pairs: int
+    example: tuple[str, str]
+    """Paths of one pair, in the order of `splits`."""
+
+
 class Manifest(Frozen):
     """The facts of one dataset version."""
 
@@ -100,6 +117,14 @@ class Manifest(Frozen):
     quarantine: Quarantine = Quarantine()
     notes: Quarantine = Quarantine()
     """Samples that were kept though something about them is odd; the same columns, stage note."""
+    tiling: Tiling | None = None
+    """Where rows are windows of scenes; the columns meta_scene and meta_window say which."""
+    crs: dict[str, int] = {}
+    """Coordinate system, by name or as WKT -> rows."""
+    footprints: Quarantine = Quarantine()
+    """Where the rows lie that say so: a Parquet file with path, split, place, transform, width, height."""
+    overlaps: tuple[Overlap, ...] = ()
+    """Splits whose rows lie on each other."""
     warnings: tuple[str, ...] = ()
     """What the ingest had to say about the dataset as a whole."""
 
@@ -111,6 +136,29 @@ class Manifest(Frozen):
     def shards_of(self, split: str) -> tuple[Shard, ...]:
         """The shards of one split, in the order of the manifest."""
         return tuple(s for s in self.shards if s.split == split)
+
+
+def constant_bands(stats: BandStats, kind: str = "", used: Sequence[int] | None = None) -> list[str]:
+    """What there is to say of bands that have one value everywhere in the training split, one line for each.
+
+    Args:
+        stats: of images of one kind.
+        kind: such as uint8x4, where there are several.
+        used: numbers of the bands that are looked at, from 1; None for all.
+    """
+    looked = list(used or range(1, len(stats.mean) + 1))
+    flat = [band for band in looked if band <= len(stats.mean) and stats.min[band - 1] == stats.max[band - 1]]
+    rest = ",".join(str(band) for band in looked if band not in flat)
+    advice = f": leave it out with data.bands=[{rest}]" if rest else ""
+    of = f" of {kind}" if kind else ""
+    return [f"band {band}{of} is {stats.min[band - 1]:g} everywhere{advice}" for band in flat]
+
+
+def overlap_line(overlap: Overlap) -> str:
+    """An overlap in words."""
+    (a, b), (one, other) = overlap.splits, overlap.example
+    pairs = "1 pair of images" if overlap.pairs == 1 else f"{overlap.pairs} pairs of images"
+    return f"{pairs} of {a} and {b} lie on each other, such as {one} ({a}) and {other} ({b})"
 
 
 def fingerprint(manifest: Manifest) -> str:

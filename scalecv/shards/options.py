@@ -35,6 +35,16 @@ class IngestOptions(Frozen):
     """Values that masks may hold, in the order of the classes; empty takes those found."""
     mask_ignore: int | None = None
     """Value of mask pixels that count nowhere."""
+    tile: int | None = Field(None, ge=8, le=8192)
+    """Side in pixels of the windows that large rasters are cut into; empty takes images as they are."""
+    overlap: int = Field(0, ge=0)
+    """Pixels that neighbouring windows share at least."""
+    drop_empty: bool = False
+    """Leave out windows without a valid pixel: nodata, or a mask value that is ignored."""
+    split_by: Literal["scene", "block"] | None = None
+    """What a split keeps together: scenes that lie on each other (usual with `tile`), or square blocks of them."""
+    block: str | None = None
+    """Side of a block: pixels, as 4096, or units of the map, as 2000map."""
     max_bad: float = Field(0.05, ge=0, le=1)
     """Largest share of images that may be set aside."""
     shard_mb: int = Field(128, ge=1, le=2048)

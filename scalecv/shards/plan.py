@@ -26,6 +26,7 @@ CARVED = 0.1
 _OVERHEAD_BYTES = 1024
 _SMALLEST_UNIT_BYTES = 8 << 20
 _INSERT = f"INSERT OR IGNORE INTO rows VALUES ({', '.join('?' * 13)})"  # noqa: S608 - question marks only
+_LATER = ("tile_px", "drop_empty")
 _FIELDS = ("path", "size", "etag", "label", "mask", "mask_size", "mask_etag", "grp", "split", "meta", "problem")
 
 
@@ -50,6 +51,13 @@ class UnitSettings:
     mask_values: tuple[int, ...]
     mask_ignore: int | None
     row_group_bytes: int
+    tile_px: int | None = None
+    """Side of the windows that the rows are, where they are windows of scenes."""
+    drop_empty: bool = False
+
+    def told(self) -> dict[str, Any]:
+        """What goes into hashes; what is not asked for says nothing, so hashes of older releases stay."""
+        return {name: value for name, value in self.__dict__.items() if name not in _LATER or value}
 
 
 @dataclass(frozen=True)
@@ -139,10 +147,12 @@ def drop_bad(plan: Collected, source: str, asides: Iterable[Mapping[str, Any]]) 
     above, dropped = storage.without_secrets(source), 0
     for aside in asides:
         if aside["uri"] == storage.join(above, aside["path"]):
-            same = (aside["path"], aside["stage"], aside["size_bytes"], aside["stage"], aside["reason"])
+            stage, reason = aside["stage"], aside["reason"]
+            same = (aside["path"], stage, aside["size_bytes"], stage, reason, reason)
             dropped += plan.table.execute(
                 "DELETE FROM rows WHERE path = ? AND "
-                "((? = 'decode' AND size = ? AND problem IS NULL) OR (? = 'list' AND problem = ?))",
+                "((? = 'decode' AND size = ? AND problem IS NULL) OR "
+                "(? = 'list' AND (problem = ? OR problem LIKE ? || ':%')))",
                 same,
             ).rowcount
     return dropped
@@ -247,7 +257,7 @@ def ungrouped(plan: Collected) -> tuple[int, int, str]:
 def identity(plan: Collected, settings: UnitSettings, unit_mb: int) -> tuple[str, str]:
     """Hashes of all that makes the dataset: as the store's etags tell it, and by paths and sizes alone."""
     shape = replace(settings, source="")
-    head = json.dumps([UNIT_FORMAT, unit_mb, shape.__dict__], sort_keys=True).encode()
+    head = json.dumps([UNIT_FORMAT, unit_mb, shape.told()], sort_keys=True).encode()
     exact, loose = hashlib.sha256(head), hashlib.sha256(head)
     fields = ("path", "size", "label", "mask", "mask_size", "grp", "split", "meta", "problem")
     for row in plan.table.execute(f"SELECT etag, mask_etag, {', '.join(fields)} FROM rows ORDER BY path"):  # noqa: S608 - constants
@@ -291,7 +301,7 @@ def _cut(rows: Iterator[Sequence[Any]], split: str, settings: UnitSettings, limi
 
 
 def _unit(rows: list[Sequence[Any]], split: str, settings: UnitSettings) -> Unit:
-    tree = {"format": UNIT_FORMAT, "split": split, "settings": settings.__dict__, "fields": _FIELDS, "rows": rows}
+    tree = {"format": UNIT_FORMAT, "split": split, "settings": settings.told(), "fields": _FIELDS, "rows": rows}
     text = json.dumps(tree, sort_keys=True, ensure_ascii=False).encode()
     name = hashlib.sha256(text).hexdigest()
     return Unit(name, gzip.compress(text, 1, mtime=0), len(rows), sum(row[1] + row[5] for row in rows))
@@ -306,7 +316,7 @@ def _sorted(table: sqlite3.Connection, split: str) -> Iterator[Sequence[Any]]:
 
 
 def _line(item: Found) -> tuple[Any, ...]:
-    key = hashlib.sha256(item.path.encode()).digest()[:8]
+    key = item.key or hashlib.sha256(item.path.encode()).digest()[:8]
     draw = share(item.group if item.group is not None else item.path)
     meta = json.dumps(dict(item.meta), sort_keys=True, ensure_ascii=False)
     mask = (item.mask, item.mask_size_bytes, item.mask_etag)

@@ -12,6 +12,7 @@ from pydantic import BaseModel, PrivateAttr
 from scalecv.errors import IntegrityError
 from scalecv.shards.decode import BadImage
 from scalecv.shards.examine import Facts
+from scalecv.shards.footprints import SCENE
 from scalecv.shards.manifest import BandStats, Shard
 
 K = TypeVar("K")
@@ -29,6 +30,17 @@ class Aside(BaseModel):
     detail: str
     size_bytes: int
     sha256: str
+
+
+class Footprint(BaseModel):
+    """Where one row lies."""
+
+    path: str
+    place: str
+    """CRS, or the path of the scene whose pixels these are."""
+    transform: tuple[float, float, float, float, float, float]
+    width: int
+    height: int
 
 
 class BandSums(BaseModel):
@@ -121,6 +133,10 @@ class Record(BaseModel):
     formats: dict[str, int] = {}
     sizes_px: list[int] | None = None
     sums: dict[str, BandSums] = {}
+    footprints: list[Footprint] = []
+    """Of the rows that say where they lie."""
+    dropped: int = 0
+    """Windows that were left out because no pixel of them counts."""
     quarantine: list[Aside] = []
     notes: list[Aside] = []
     _held: list[tuple[Mapping[str, Any], Facts, int]] = PrivateAttr(default_factory=list)
@@ -168,6 +184,10 @@ class Record(BaseModel):
                 _add(self.labels, row["label"], 1)
             for value, pixels in facts["mask_values"].items():
                 _add(self.mask_values, value, pixels)
+            if facts["place"]:
+                place, *transform, width, height = facts["place"]
+                told = {"place": place, "transform": tuple(transform), "width": width, "height": height}
+                self.footprints.append(Footprint(path=row["path"], **told))
             if facts["format"] == "TIFF":
                 self.rasters.setdefault(key, row["path"])
             sizes = _wider(sizes, [facts["width"], facts["height"]] * 2)
@@ -205,6 +225,8 @@ class Totals:
         self.reasons: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
         self.notes: Counter[str] = Counter()
+        self.crs: Counter[str] = Counter()
+        self.dropped = 0
 
     def add(self, record: Record) -> None:
         """Add one record."""
@@ -223,6 +245,8 @@ class Totals:
             for key, sums in record.sums.items():
                 self.sums[key] = self.sums[key].plus(sums) if key in self.sums else sums
         self.encoded_bytes += record.encoded_bytes
+        self.crs.update(f.place for f in record.footprints if not f.place.startswith(SCENE))
+        self.dropped += record.dropped
         for aside in record.quarantine:
             self._example(aside)
             self.reasons[aside.reason] += 1

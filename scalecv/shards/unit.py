@@ -16,12 +16,13 @@ from typing import Any
 from scalecv import storage
 from scalecv.errors import DataError, IntegrityError, ScalecvError, StorageDenied
 from scalecv.schema import META
-from scalecv.shards import plan
+from scalecv.shards import plan, window_rows
 from scalecv.shards.decode import BadImage
 from scalecv.shards.examine import Facts
 from scalecv.shards.examiner import TOGETHER, Examiner, turns
 from scalecv.shards.plan import UnitSettings
 from scalecv.shards.record import Record
+from scalecv.shards.scene import SceneReader
 from scalecv.shards.write import ShardWriter
 
 STAGING = "_ingest"
@@ -68,7 +69,7 @@ def run(item: Mapping[str, Any], target: str) -> dict[str, Any]:
     return {
         **_NOTHING,
         "unit": item["unit"],
-        "rows": record.rows,
+        "rows": record.rows + record.dropped,
         "bad": len(record.quarantine),
         "size_bytes": record.source_bytes,
         "elapsed_s": time.monotonic() - began,
@@ -98,14 +99,12 @@ def work(target: str, unit: str) -> Record:
     split, settings, rows = plan.read_unit(spec)
     record = Record.start(split)
     writer = ShardWriter(settings.meta, settings.row_group_bytes)
-    for some in _fetched(settings.source, rows):
-        record.see(sum(len(data) for _, data, _ in some if isinstance(data, bytes)))
-        for row, data, mask, sha256, facts in _examined(some, settings, _examiner()):
-            if isinstance(facts, BadImage):
-                record.reject(row, facts, sha256)
-                continue
-            record.accept(row, facts, sha256, len(data) + len(mask or b""))
-            writer.add(_columns(row, facts, data, mask, sha256, settings.meta))
+    for row, data, mask, sha256, facts in _samples(settings, rows, record):
+        if isinstance(facts, BadImage):
+            record.reject(row, facts, sha256)
+            continue
+        record.accept(row, facts, sha256, len(data) + len(mask or b""))
+        writer.add(_columns(row, facts, data, mask, sha256, settings.meta))
     closed = writer.close(split)
     if closed is not None:
         content, shard = closed
@@ -113,6 +112,23 @@ def work(target: str, unit: str) -> Record:
         record.shard = shard
     storage.put(record_uri(target, unit), record.encode())
     return record
+
+
+def _samples(settings: UnitSettings, rows: Sequence[dict[str, Any]], record: Record) -> Iterator[tuple[Any, ...]]:
+    """Each row, its bytes and those of its mask, their SHA-256, and its facts or why it is set aside."""
+    windows = [row for row in rows if settings.tile_px and not row["problem"]]
+    if windows:
+        yield from window_rows.encoded(settings, windows, record, _scenes())
+    files = [row for row in rows if not settings.tile_px or row["problem"]]
+    for some in _fetched(settings.source, files):
+        record.see(sum(len(data) for _, data, _ in some if isinstance(data, bytes)))
+        yield from _examined(some, settings, _examiner())
+
+
+@lru_cache(maxsize=1)
+def _scenes() -> tuple[SceneReader, SceneReader]:
+    """Children for scenes and their masks, for all units of a process."""
+    return SceneReader(), SceneReader()
 
 
 @lru_cache(maxsize=1)
@@ -124,13 +140,15 @@ def _examiner() -> Examiner:
 def close() -> None:
     """End the child process; a further unit starts another one."""
     _examiner().close()
+    for reader in _scenes():
+        reader.close()
 
 
 def _columns(
     row: Mapping[str, Any], facts: Facts, data: bytes, mask: bytes | None, sha256: str, meta: Sequence[str]
 ) -> dict[str, Any]:
     return {
-        "id": hashlib.sha256(f"{row['path']}\0{sha256}".encode()).hexdigest()[:32],
+        "id": hashlib.sha256(f"{row['path']}\0{row.get('content', sha256)}".encode()).hexdigest()[:32],
         "sha256": sha256,
         "width": facts["width"],
         "height": facts["height"],
@@ -200,7 +218,8 @@ def _size(row: Mapping[str, Any]) -> int:
 
 def _both(source: str, row: Mapping[str, Any]) -> tuple[_Fetched, _Fetched | None]:
     if row["problem"]:
-        return BadImage(row["problem"], _PROBLEMS[row["problem"]]), None
+        reason, _, detail = row["problem"].partition(": ")
+        return BadImage(reason, detail or _PROBLEMS[reason]), None
     mask = _object(source, row["mask"], row["mask_size"]) if row["mask"] else None
     if isinstance(mask, BadImage):
         mask = BadImage("mask_damaged" if mask.reason == "unreadable" else "no_mask", f"{row['mask']}: {mask.detail}")

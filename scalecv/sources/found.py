@@ -32,7 +32,9 @@ class Found:
     """As the source says; None leaves it to the split by hash."""
     meta: Mapping[str, str] = field(default_factory=dict)
     problem: str | None = None
-    """Reason for which the image is set aside without being read: missing, no_label, no_mask."""
+    """Reason for which the image is set aside without being read: missing, no_label, no_mask; or REASON: DETAIL."""
+    key: bytes | None = None
+    """What rows are sorted by before they are cut into units; None takes the hash of the path."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from scalecv.batches.pixels import Pixels, pixels_of
 from scalecv.config import Experiment
 from scalecv.errors import ConfigError, DataError, nearest
-from scalecv.shards.manifest import Manifest
+from scalecv.shards.manifest import Manifest, constant_bands, overlap_line
 
 MEASURES = {
     "classify": ("loss", "accuracy", "macro_accuracy", "f1", "average_precision"),
@@ -26,6 +26,7 @@ def check(experiment: Experiment, manifest: Manifest) -> list[str]:
     """
     where = experiment.data.uri
     _labels(experiment, manifest, where)
+    leaks = _leaks(experiment, manifest, where)
     pixels = pixels_of(manifest, experiment.data, where)
     wanted = experiment.model.in_channels
     if wanted is not None and wanted != pixels.channels:
@@ -38,7 +39,7 @@ def check(experiment: Experiment, manifest: Manifest) -> list[str]:
     if experiment.train.exact:
         _exact(experiment)
     _sizes(experiment)
-    return _notes(experiment, manifest, pixels)
+    return [*leaks, *_notes(experiment, manifest, pixels)]
 
 
 def sizes(experiment: Experiment) -> list[int]:
@@ -199,10 +200,24 @@ def _notes(experiment: Experiment, manifest: Manifest, pixels: Pixels) -> list[s
             f"train.batch={experiment.train.batch} is more than the {manifest.splits['train']} training rows: "
             "each epoch is one update, filled up with repeated rows that count nowhere"
         )
-    flat = [str(number + 1) for number, std in enumerate(pixels.std) if std == 1.0 and len(pixels.std) > 1]
-    if flat:
-        notes.append(f"band {', '.join(flat)} has no variance (an alpha band?): leave it out with data.bands")
+    stats = next(iter(manifest.stats.values()), None)
+    if stats is not None and pixels.color == "native" and pixels.channels > 1:
+        notes += constant_bands(stats, used=pixels.bands)
     return notes
+
+
+def _leaks(experiment: Experiment, manifest: Manifest, where: str) -> list[str]:
+    """Notes on leaks that the experiment allows.
+
+    Raises: DataError: images of two splits lie on each other.
+    """
+    lines = [overlap_line(overlap) for overlap in manifest.overlaps]
+    if lines and "overlap" not in experiment.data.allow_leak:
+        raise DataError(
+            f"{where}: {'; '.join(lines)}. What is learnt in one is asked in the other: ingest with a split by place "
+            "(--split-by scene or block, --split-folder), or say data.allow_leak=[overlap]"
+        )
+    return [f"allowed by data.allow_leak=[overlap]: {line}" for line in lines]
 
 
 def _splits(manifest: Manifest) -> str:

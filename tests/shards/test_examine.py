@@ -86,7 +86,7 @@ def test_the_death_of_the_decoder_is_that_samples_own(examiner):
 
     def kill():
         time.sleep(0.1)
-        examiner._child.send_signal(signal.SIGKILL)
+        examiner._child.process.send_signal(signal.SIGKILL)
 
     killer = threading.Thread(target=kill)
     killer.start()
@@ -109,6 +109,6 @@ def test_the_child_gets_no_credentials(monkeypatch, examiner):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted")
     child = Examiner()
     child.examine("x.png", png(1))
-    with open(f"/proc/{child._child.pid}/environ", "rb") as environment:
+    with open(f"/proc/{child._child.process.pid}/environ", "rb") as environment:
         assert b"planted" not in environment.read()
     child.close()

@@ -12,7 +12,7 @@ from scalecv import storage
 from scalecv.shards import dispatch, plan, unit
 from scalecv.shards.decode import BadImage
 from scalecv.shards.examine import SAMPLED_PIXELS, examine
-from scalecv.shards.examiner import TOGETHER, Examiner
+from scalecv.shards.examiner import TOGETHER, Examiner, turns
 from scalecv.sources.found import Found
 from scalecv.testing.servers import S3Server
 from scalecv.testing.store_proxy import Faults, StoreProxy
@@ -117,5 +117,5 @@ def test_a_small_source_needs_no_ray(tmp_path, monkeypatch):
 
 def test_runs_of_rows_are_bounded():
     rows = [row(f"{i}.png", bytes(size)) for i, size in enumerate([10] * 200 + [3 << 20, 10, 10])]
-    sizes = [len(some) for some in unit._runs(rows)]
+    sizes = [len(some) for some in turns(rows, unit._size)]
     assert sizes == [64, 64, 64, 8, 1, 2]
