@@ -13,6 +13,7 @@ KINDS = ("data", "experiment", "code", "environment", "hardware")
 """Kinds of input, in the order in which the first difference is looked for."""
 
 TAGS = {
+    "experiment": ("scalecv.starting_weights_hash",),
     "code": ("scalecv.version.scalecv", "mlflow.source.git.commit", "scalecv.git.changes", "scalecv.code"),
     "environment": (
         *(f"scalecv.version.{name}" for name in PACKAGES if name != "scalecv"),

@@ -1,4 +1,4 @@
-"""Verbs on recorded runs: reproduce, compare."""
+"""Verbs on recorded runs: reproduce, compare, pareto."""
 
 import os
 import sys
@@ -85,6 +85,37 @@ def compare(
         return
     for line in _lines(found):
         sys.stdout.write(line + "\n")
+
+
+def pareto(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="runs:/ID, or names of runs.")],
+    x: Annotated[
+        str, typer.Option("--x", help="Cost: latency_ms, parameters, flops, peak_memory_mb or train_s.")
+    ] = "latency_ms",
+    metric: Annotated[str | None, typer.Option(help="As val/iou; the task's own on val by default.")] = None,
+    to: Annotated[str | None, typer.Option(help="PNG file for the picture.")] = None,
+    experiment: InExperiment = "scalecv",
+    as_json: Json = False,
+) -> None:
+    """Quality of runs against what they cost: which are worth it, and which another one beats in both."""
+    from scalecv import storage
+    from scalecv.artifacts.pareto import pareto as find
+    from scalecv.artifacts.pareto import picture
+
+    found = find(runs, x, metric, experiment)
+    if to:
+        storage.put(storage.absolute(to), picture(found))
+    if as_json:
+        print_json({**asdict(found), "picture": to})
+        return
+    rows = [
+        ("*" if one.is_front else "", one.name, f"runs:/{one.run_id}", _number(one.cost), _number(one.quality))
+        for one in found.points
+    ]
+    for line in _table([("front", "name", "run", found.x, found.metric), *rows]):
+        sys.stdout.write(line + "\n")
+    if found.note:
+        sys.stderr.write(found.note + "\n")
 
 
 def _lines(found: Any) -> list[str]:

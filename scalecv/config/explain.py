@@ -37,6 +37,7 @@ ELSEWHERE = {
     "imgsz": "data.size_px",
     "backbone": "model.encoder",
     "pretrained": "model.weights",
+    "encoder_weights": "model.weights",
     "dataset": "data.uri",
 }
 """What keys are called in other tools."""

@@ -1,11 +1,15 @@
 """Which network, and what it is to make small."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from scalecv.config.frozen import Frozen, Scalar
+from scalecv.errors import nearest
+
+BandInit = Literal["red", "green", "blue", "mean", "zero"]
+"""From which band of the starting weights one of the first layer's takes its own."""
 
 
 class Model(Frozen):
@@ -14,17 +18,46 @@ class Model(Frozen):
     arch: str
     """Name in torchvision, timm/NAME, unet, fpn … of segmentation_models_pytorch, or package.module:function."""
     encoder: str = "resnet18"
-    """Encoder of a segmentation network, by its name in segmentation_models_pytorch."""
+    """Encoder of a segmentation network, by its name in segmentation_models_pytorch, or tu-NAME for one of timm."""
     in_channels: int | None = Field(None, ge=1)
     """Input channels; empty takes them from the dataset."""
     weights: str | None = None
-    """Starting weights: imagenet (the library's own download), or the URI of a safetensors file or bundle."""
+    """Starting weights: imagenet (the library's own download), the URI of a safetensors file or bundle, runs:/ID, or
+    models:/NAME@ALIAS."""
+    weights_scope: Literal["fitting", "all", "encoder"] = "fitting"
+    """fitting: what fits by name and shape, at least half; all: every weight must fit; encoder: all but the head, which
+    starts fresh (decoder and head of a segmentation network, the last layer of a classifier)."""
+    in_channels_init: Literal["copy", "mean", "zero"] | tuple[BandInit, ...] = "copy"
+    """How the first layer of starting weights becomes that of other bands: copy (red, green, blue in turn), mean (each
+    band their mean), zero (bands after the third start at zero), or a choice for each band. What is not zero is scaled
+    by 3 / its number of bands, so that the layer's output keeps its size."""
+    freeze: Literal["none", "encoder"] | tuple[Annotated[str, Field(min_length=1)], ...] = "none"
+    """What does not learn and keeps its batch statistics: encoder (all but the head), or a list of modules by their
+    dotted names, such as encoder.layer1."""
     stem: Literal["default", "small"] = "default"
     """small: 3x3 convolution without stride or pooling, for images of 16 to 64 px (resnets of torchvision)."""
     norm: Literal["batch", "sync", "group", "frozen"] = "batch"
     """batch as built; sync over workers; group instead of batch; frozen statistics."""
     args: dict[str, Scalar] = {}
     """Further arguments of the network's builder."""
+
+    @field_validator("in_channels_init", mode="before")
+    @classmethod
+    def _known_bands(cls, v: object) -> object:
+        ways, bands = ("copy", "mean", "zero"), get_args(BandInit)
+        wrong = [one for one in v if one not in bands] if isinstance(v, list | tuple) else [v] if v not in ways else []
+        if wrong:
+            near = nearest(str(wrong[0]), [*ways, *bands])
+            raise ValueError(
+                f"'{wrong[0]}' is unknown{near}; expected copy, mean, zero, or a list with one of {', '.join(bands)} "
+                "for each band"
+            )
+        return v
+
+    @field_validator("freeze", mode="before")
+    @classmethod
+    def _one_name(cls, v: object) -> object:
+        return (v,) if isinstance(v, str) and v not in ("none", "encoder") else v
 
 
 class Loss(Frozen):

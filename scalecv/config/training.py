@@ -19,6 +19,9 @@ class Train(Frozen):
     share, halved as often as memory runs out."""
     lr: float = Field(1e-3, gt=0)
     """Learning rate after warm-up."""
+    lr_factors: dict[str, Annotated[float, Field(gt=0, le=1000)]] = {}
+    """Factors of the learning rate by a module's dotted name, the longest that fits counts; encoder is all but the
+    head, as in {encoder: 0.1}."""
     optimizer: Literal["adam", "adamw", "sgd"] = "adamw"
     """Optimiser of torch.optim."""
     weight_decay: float = Field(0.0, ge=0)

@@ -3,7 +3,7 @@
 `MODELS` holds the names with a builder of their own. Besides them stand torchvision's classification
 networks by their names, `timm/NAME`, and one's own as `package.module:function`, which is imported only
 when the caller says that the name comes from the user's own experiment or command line.
-The starting weights are drawn from torch's generator: the caller seeds it.
+The weights are drawn from torch's generator: the caller seeds it. Starting weights come after that: see `weights`.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,11 +15,10 @@ from torch import nn
 from scalecv.errors import ConfigError
 from scalecv.models import classifiers, segmenters
 from scalecv.models.norms import change_norm
-from scalecv.models.weights import load_weights
 
 Scalar = bool | int | float | str | None
 Builder = Callable[..., nn.Module]
-"""Called as (in_channels=, outputs=, encoder=, imagenet=, args=)."""
+"""Called as (in_channels=, outputs=, encoder=, args=)."""
 
 MODELS: dict[str, Builder] = {
     "resnet10": classifiers.resnet10,
@@ -33,7 +32,6 @@ def build_model(
     in_channels: int,
     outputs: int,
     encoder: str = "resnet18",
-    weights: str | None = None,
     stem: Literal["default", "small"] = "default",
     norm: Literal["batch", "sync", "group", "frozen"] = "batch",
     args: Mapping[str, Scalar] | None = None,
@@ -46,23 +44,18 @@ def build_model(
         in_channels: channels of the images, any number from 1.
         outputs: channels of the logits.
         encoder: encoder of a segmentation network; the others do not look at it.
-        weights: None draws them, "imagenet" takes the library's own, else the URI of a safetensors file.
         stem: small starts without stride and pooling, for images of 8 to 64 px (resnets).
         norm: what stands in place of batch normalisation, see `norms.change_norm`.
         args: further arguments of the builder.
         allow_import: True only where the name comes from the user's own experiment or command line.
-    Raises: ConfigError: a name, encoder, argument or weights that cannot be used.
+    Raises: ConfigError: a name, encoder or argument that cannot be used.
     """
     if in_channels < 1 or outputs < 1:
         raise ConfigError(f"model {arch}: in_channels={in_channels} and outputs={outputs} must be at least 1")
     build = find_builder(arch, allow_import=allow_import)
-    model = build(
-        in_channels=in_channels, outputs=outputs, encoder=encoder, imagenet=weights == "imagenet", args=dict(args or {})
-    )
+    model = build(in_channels=in_channels, outputs=outputs, encoder=encoder, args=dict(args or {}))
     if stem == "small":
         classifiers.small_stem(model, arch)
-    if weights not in (None, "imagenet"):
-        load_weights(model, str(weights))
     return change_norm(model, norm)
 
 
@@ -80,7 +73,7 @@ def find_builder(arch: str, *, allow_import: bool = False) -> Builder:
         return partial(classifiers.imported, arch)
     if arch in MODELS:
         return MODELS[arch]
-    if arch.startswith("timm/"):
+    if arch.startswith(classifiers.TIMM):
         return partial(classifiers.timm_classifier, arch)
     build: Builder = classifiers.torchvision_builder(arch, known=list(MODELS))
     return build

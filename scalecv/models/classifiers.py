@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from scalecv.errors import ConfigError, nearest
-from scalecv.models.weights import library_weights, load_state
 
+TIMM = "timm/"
 # Arguments that are set elsewhere in the experiment, that change what the network returns, or that read pickles.
 RESERVED = (
     "in_channels in_chans outputs num_classes classes encoder encoder_name encoder_weights weights weights_backbone "
@@ -60,14 +60,9 @@ def torchvision_builder(arch: str, known: list[str]) -> Any:
 
 
 def torchvision_classifier(
-    arch: str, *, in_channels: int, outputs: int, encoder: str, imagenet: bool, args: dict[str, Any]
+    arch: str, *, in_channels: int, outputs: int, encoder: str, args: dict[str, Any]
 ) -> nn.Module:
-    """A torchvision classification network for any number of channels.
-
-    Args:
-        imagenet: load torchvision's weights; those of the first convolution are copied cyclically over the
-            channels and scaled by 3/channels, so that its output keeps its size.
-    """
+    """A torchvision classification network for any number of channels."""
     import torchvision.models
 
     check_args(arch, args)
@@ -79,35 +74,23 @@ def torchvision_classifier(
     )
     if in_channels != 3:
         replace_first_conv(model, in_channels)
-    if imagenet:
-        enum = torchvision.models.get_model_weights(arch)
-        state = library_weights(
-            arch, partial(enum.DEFAULT.get_state_dict, progress=False, check_hash=True, weights_only=True)
-        )
-        load_state(model, state, f"the ImageNet weights of torchvision's {arch}")
     return model
 
 
-def timm_classifier(
-    arch: str, *, in_channels: int, outputs: int, encoder: str, imagenet: bool, args: dict[str, Any]
-) -> nn.Module:
-    """A timm network, `arch` being timm/NAME; timm adapts the first layer to the channels itself."""
+def timm_classifier(arch: str, *, in_channels: int, outputs: int, encoder: str, args: dict[str, Any]) -> nn.Module:
+    """A timm network, `arch` being timm/NAME."""
     import timm
 
     check_args(arch, args)
-    name = arch.removeprefix("timm/")
+    name = arch.removeprefix(TIMM)
     if not timm.is_model(name.partition(".")[0]):
         near = nearest(name, timm.list_models()).replace("'", "'timm/", 1)
         raise ConfigError(f"unknown model.arch '{arch}'{near or '; see timm.list_models()'}")
-    create = partial(timm.create_model, name, in_chans=in_channels, num_classes=outputs, **args)
-    if imagenet:
-        return library_weights(arch, partial(create, pretrained=True))
-    return build_with(arch, create, pretrained=False)
+    create = partial(timm.create_model, name, pretrained=False)
+    return build_with(arch, create, in_chans=in_channels, num_classes=outputs, **args)
 
 
-def imported(
-    arch: str, *, in_channels: int, outputs: int, encoder: str, imagenet: bool, args: dict[str, Any]
-) -> nn.Module:
+def imported(arch: str, *, in_channels: int, outputs: int, encoder: str, args: dict[str, Any]) -> nn.Module:
     """One's own network: package.module:function, called as function(in_channels=, outputs=, **args)."""
     module_name, _, name = arch.partition(":")
     try:
@@ -116,8 +99,6 @@ def imported(
         raise ConfigError(f"model.arch={arch}: cannot import {module_name}: {error}") from error
     if not callable(function):
         raise ConfigError(f"model.arch={arch}: {module_name} has no function '{name}'")
-    if imagenet:
-        raise ConfigError(f"model.arch={arch} has no ImageNet weights; set model.weights to the URI of a file")
     return build_with(arch, function, in_channels=in_channels, outputs=outputs, **args)
 
 
@@ -126,7 +107,6 @@ def resnet10(
     in_channels: int,
     outputs: int,
     encoder: str = "",
-    imagenet: bool = False,
     args: dict[str, Any] | None = None,
 ) -> nn.Module:
     """A residual network of four basic blocks, small enough for a CPU: 1.2 M parameters at width 32.
@@ -140,8 +120,6 @@ def resnet10(
     width = given.pop("width", 32)
     if given or not isinstance(width, int) or width < 1:
         raise ConfigError(f"model.args={args}: resnet10 takes width alone, a whole number from 1")
-    if imagenet:
-        raise ConfigError("resnet10 has no ImageNet weights; leave model.weights empty or name a safetensors file")
 
     def stage(before: int, after: int, stride: int) -> nn.Module:
         shortcut = None

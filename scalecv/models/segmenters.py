@@ -1,5 +1,6 @@
 """Segmentation networks of segmentation_models_pytorch, any encoder, any number of channels. Logits [B, K, H, W]."""
 
+import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -9,13 +10,13 @@ from torch import nn
 
 from scalecv.errors import ConfigError, nearest
 from scalecv.models.classifiers import build_with, check_args
-from scalecv.models.weights import library_weights
 
 # Largest stride of the features that each needs, from the defaults of segmentation_models_pytorch 0.6;
 # U-Net resizes features to those it joins them with, so it takes any size.
 ARCHITECTURES = {
     "unet": 1,
     "unetplusplus": 32,
+    "unetpp": 32,
     "fpn": 32,
     "pspnet": 8,
     "linknet": 32,
@@ -27,39 +28,71 @@ ARCHITECTURES = {
     "segformer": 32,
     "dpt": 16,
 }
+DILATED = ("deeplabv3", "deeplabv3plus", "pan")
+"""Those whose encoder must keep its last stages large, by dilated convolutions in place of strides."""
+DILATION = re.compile("dilat|output_stride|stride", re.IGNORECASE)
+NO_MIT = ("linknet", "unetplusplus", "unetpp")
 
 
-def segmenter(
-    arch: str, *, in_channels: int, outputs: int, encoder: str, imagenet: bool, args: dict[str, Any]
-) -> nn.Module:
+def library_name(arch: str) -> str:
+    """The name of an architecture in segmentation_models_pytorch."""
+    return "unetplusplus" if arch == "unetpp" else arch
+
+
+def segmenter(arch: str, *, in_channels: int, outputs: int, encoder: str, args: dict[str, Any]) -> nn.Module:
     """A segmentation network that returns logits at the size of the image.
 
     Args:
         arch: a name in ARCHITECTURES.
+        in_channels: bands of the image.
+        outputs: channels of the logits.
         encoder: a name of segmentation_models_pytorch, or tu-NAME for one of timm.
-        imagenet: the encoder starts from the library's ImageNet weights, adapted to the channels.
+        args: further arguments of the architecture.
     """
     import segmentation_models_pytorch as smp
 
     check_args(arch, args)
     check_encoder(encoder)
-    if arch == "dpt":
-        if not encoder.startswith("tu-vit"):
-            raise ConfigError(f"model.arch=dpt needs a tu-vit… encoder, not {encoder}: try tu-vit_tiny_patch16_224")
-        args = {"dynamic_img_size": True, **args}
-    create = partial(
-        smp.create_model, arch, encoder_name=encoder, in_channels=in_channels, classes=outputs, activation=None, **args
-    )
+    _check_pair(arch, encoder)
+    given = {"dynamic_img_size": True, **args} if arch == "dpt" else args
     what = f"{arch} with encoder {encoder}"
-    model: nn.Module
-    if imagenet:
-        name = True if encoder.startswith("tu-") else "imagenet"
-        model = library_weights(what, partial(create, encoder_weights=name))
-    else:
-        model = build_with(what, create, encoder_weights=None)
+    try:
+        model = build_with(
+            what,
+            partial(smp.create_model, library_name(arch)),
+            encoder_name=encoder,
+            encoder_weights=None,
+            in_channels=in_channels,
+            classes=outputs,
+            activation=None,
+            **given,
+        )
+    except ConfigError as error:
+        if arch in DILATED and DILATION.search(str(error)):
+            raise ConfigError(
+                f"{what}: {arch} needs an encoder with dilated convolutions, and this one has none: take resnet…, "
+                "efficientnet-…, mobilenet_v2 or mit_…, or an architecture without them (unet, fpn, upernet …)"
+            ) from error
+        raise
     if args:
         _check_size(model, what, args, in_channels)
     return model
+
+
+def _check_pair(arch: str, encoder: str) -> None:
+    """Raises: ConfigError: an encoder that an architecture cannot have, as its name tells."""
+    if arch == "dpt" and not encoder.startswith("tu-vit"):
+        raise ConfigError(f"model.arch=dpt needs a tu-vit… encoder, not {encoder}: try tu-vit_tiny_patch16_224")
+    if arch != "dpt" and encoder.startswith("tu-vit_"):
+        raise ConfigError(
+            f"model.arch={arch} needs features of several sizes, and {encoder} has one: take model.arch=dpt, or an "
+            "encoder such as resnet18, tu-convnext_tiny"
+        )
+    if encoder.startswith("mit_b") and arch in NO_MIT:
+        raise ConfigError(
+            f"model.arch={arch} does not take the encoder {encoder}, which skips the first halving: take segformer, "
+            "unet or fpn with it, or another encoder"
+        )
 
 
 def _check_size(model: nn.Module, what: str, args: Mapping[str, Any], in_channels: int) -> None:
@@ -103,7 +136,7 @@ def required_multiple(arch: str, encoder: str, args: Mapping[str, Any] | None = 
     multiple = ARCHITECTURES[arch]
     if arch == "unet":
         return 1
-    if arch in ("deeplabv3", "deeplabv3plus", "pan"):
+    if arch in DILATED:
         multiple = int(args.get("encoder_output_stride", multiple))
     elif arch == "dpt":
         patch = encoder.partition("patch")[2].partition("_")[0]

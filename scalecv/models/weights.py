@@ -1,4 +1,4 @@
-"""Starting weights: the library's own download, or a file behind a URI: safetensors, or one of torch.save.
+"""Starting weights from a file behind a URI: safetensors, or one of torch.save; and what of them a network takes.
 
 The only place that opens a pickle, of the user's own naming, and there torch's restricted reader alone does it:
 what is more than tensors in plain containers is refused, and nothing else is tried.
@@ -9,17 +9,20 @@ import json
 import logging
 import struct
 import zipfile
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from scalecv import storage
 from scalecv.errors import ConfigError
+from scalecv.models.bands import NAMED, Init, adapt_channels
+from scalecv.models.parts import head_names
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
+Scope = Literal["fitting", "all", "encoder"]
 SHOWN = 5
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 MOST_HEADER_BYTES = 16 << 20
@@ -27,46 +30,61 @@ WRAPPED_AS = ("state_dict", "model_state_dict", "model", "module", "weights")
 """Keys under which trainers keep the weights in a file of torch.save."""
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """What of some starting weights a network took."""
+
+    source: str
+    """Where they come from."""
+    loaded: tuple[str, ...]
+    """The network's names that were taken."""
+    left: tuple[str, ...]
+    """The network's names that start fresh."""
+    unused: tuple[str, ...]
+    """Names of the source that the network has no place for."""
+    adapted: str
+    """How the first layer was adapted to other bands, in words; empty where it was not."""
+
+    def __str__(self) -> str:
+        total = len(self.loaded) + len(self.left)
+        parts = [f"{len(self.loaded)} of {total} weights from {storage.without_secrets(self.source)}"]
+        parts += [self.adapted] if self.adapted else []
+        parts += [f"start fresh: {_some(list(self.left))}"] if self.left else []
+        parts += [f"not used: {_some(list(self.unused))}"] if self.unused else []
+        return "; ".join(parts)
+
+
 class BadWeights(ValueError):
     """Bytes that are not weights; says why."""
 
 
-def library_weights(what: str, fetch: Callable[[], T]) -> T:
-    """What a library's download returns.
-
-    Raises: ConfigError: it failed, mostly because the machine has no way to the library's server.
-    """
-    try:
-        return fetch()
-    except Exception as error:  # each library raises its own: URLError, HTTPError, HfHubHTTPError, RuntimeError …
-        said = (str(error).splitlines() or [""])[0][:200]
-        raise ConfigError(
-            f"the ImageNet weights of {what} could not be had ({type(error).__name__}: {said}): put a safetensors "
-            "file where the workers can read it and set model.weights=URI, or leave model.weights empty"
-        ) from error
-
-
-def load_weights(model: nn.Module, uri: str) -> list[str]:
+def load_weights(model: nn.Module, uri: str, *, init: Init = "copy", scope: Scope = "fitting") -> Loaded:
     """Start from a safetensors file, the one in a bundle's folder, or a state dict that torch.save wrote.
 
-    Returns: the names that did not fit.
     Raises: ConfigError: nothing there, not weights, or those of another network.
+    """
+    return load_state(model, read_state(uri), uri, init=init, scope=scope)
+
+
+def read_state(uri: str) -> dict[str, Tensor]:
+    """The weights in a file, by their names there.
+
+    Raises: ConfigError: nothing there, or not weights.
     """
     is_pickled = uri.lower().endswith(PICKLED)
     address = uri if is_pickled or uri.endswith(".safetensors") else storage.join(uri, "model.safetensors")
     try:
         data = storage.get(address)
-        state = pickled_tensors(data) if is_pickled else tensors(data)
+        return pickled_tensors(data) if is_pickled else tensors(data)
     except FileNotFoundError:
         raise ConfigError(
             f"model.weights={uri}: there is no {storage.without_secrets(address)}; name a safetensors file, a bundle, "
-            "a state dict of torch.save (.pt, .pth), or imagenet"
+            "a state dict of torch.save (.pt, .pth), runs:/ID, models:/NAME@ALIAS, or imagenet"
         ) from None
     except BadWeights as error:
         raise ConfigError(
             f"model.weights={uri} cannot be read: {error}. Save the state dict with safetensors.torch.save_file"
         ) from None
-    return load_state(model, state, uri)
 
 
 def tensors(data: bytes) -> dict[str, Tensor]:
@@ -135,58 +153,93 @@ def _line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def load_state(model: nn.Module, state: Mapping[str, Tensor], where: str) -> list[str]:
-    """Copy the weights that fit by name and shape; returns (and logs) the network's names that did not.
+def load_state(
+    model: nn.Module, state: Mapping[str, Tensor], where: str, *, init: Init = "copy", scope: Scope = "fitting"
+) -> Loaded:
+    """Copy weights by name and shape; says (and logs) what was taken and what was left.
 
-    A first convolution for another number of channels is adapted by `adapt_channels`. Names may lack the prefix
-    `encoder.` of a segmentation network, or carry the `module.` of a wrapper; then only that part must fit.
-    Raises: ConfigError: fewer than half of the parameters fit.
+    The layer that takes the image is adapted to its number of bands by `adapt_channels`. Names may be those of an
+    encoder alone, of a network that has this one as its encoder, or carry the `module.` of a wrapper.
+
+    Args:
+        model: changed in place.
+        state: weights by name.
+        where: they come from, for messages.
+        init: how bands are adapted.
+        scope: see `Model.weights_scope`.
+    Raises: ConfigError: fewer than half of the parameters fit; with `all` or `encoder`, one of them does not.
     """
-    own = model.state_dict()
+    own, parameters = model.state_dict(), [name for name, _ in model.named_parameters()]
     prefix, given = _best_names(own, state)
-    first = next((name for name, value in own.items() if value.ndim == 4), "")
-    fitting = {name: _fit(value, own[name], name == first) for name, value in given.items() if name in own}
-    found = {name: value for name, value in fitting.items() if value is not None}
-    parameters = [name for name, _ in model.named_parameters() if name.startswith(prefix)]
-    matched = sum(name in found for name in parameters)
-    left = [name for name in own if name not in found]
-    if 2 * matched < len(parameters) or not parameters:
-        foreign = sorted(set(given) - set(found))
-        raise ConfigError(
-            f"weights of another network in {where}: {matched} of {len(parameters)} parameters fit by name and shape, "
-            f"at least half were expected; the network lacks {_some(left)}, the file has besides {_some(foreign)}"
-        )
+    wanted = set(own) - (head_names(model) if scope == "encoder" else set())
+    first = [name for name in _convolutions(model) if name in own and name in given and given[name].ndim == 4]
+    bands = (given[first[0]].shape[1], own[first[0]].shape[1]) if first else (0, 0)
+    found, adapted = {}, []
+    for name in (name for name in own if name in given and name in wanted):
+        value, target = given[name], own[name]
+        if name in first and _takes_image(value, target, bands):
+            value = adapt_channels(value, bands[1], init)
+            adapted += [name] if not torch.equal(value, given[name]) else []
+        if value.shape == target.shape:
+            found[name] = value
+    told = Loaded(
+        where,
+        loaded=tuple(name for name in own if name in found),
+        left=tuple(name for name in own if name not in found),
+        unused=tuple(sorted(name for name in given if name not in found)),
+        adapted=f"{', '.join(adapted)} from {bands[0]} to {bands[1]} bands by {_word(init)}" if adapted else "",
+    )
+    part = "" if scope == "all" else prefix
+    _check_enough(told, [name for name in parameters if name in wanted and name.startswith(part)], scope)
     model.load_state_dict(found, strict=False)
-    if left:
-        log.info("%d of %d weights not in %s start fresh: %s", len(left), len(own), where, _some(left))
-    return left
+    log.info("%s", told)
+    return told
 
 
-def adapt_channels(weight: Tensor, channels: int) -> Tensor:
-    """Weights [O, C, k, k] of a first convolution for `channels` input channels.
+def _check_enough(told: Loaded, parameters: list[str], scope: Scope) -> None:
+    """Raises: ConfigError: too few of the parameters that should fit do."""
+    missing = set(parameters) - set(told.loaded)
+    if parameters and (2 * len(missing) <= len(parameters) if scope == "fitting" else not missing):
+        return
+    matched = len(parameters) - len(missing)
+    if scope != "fitting" and 2 * matched >= len(parameters):
+        lacks = [name for name in parameters if name in missing]
+        fix = "fitting, or encoder to start the head fresh" if scope == "all" else "fitting"
+        raise ConfigError(
+            f"model.weights_scope={scope}, but {told.source} has no weights of this name and shape for {_some(lacks)} "
+            f"({matched} of {len(parameters)} fit): set model.weights_scope={fix}"
+        )
+    raise ConfigError(
+        f"weights of another network in {told.source}: {matched} of {len(parameters)} parameters fit by name and "
+        f"shape, {'at least half were' if scope == 'fitting' else 'all were'} expected; the network lacks "
+        f"{_some(list(told.left))}, the file has besides {_some(list(told.unused))}"
+    )
 
-    The given channels are repeated in turn and scaled by C/channels, so that the output keeps its size.
-    """
-    before = weight.shape[1]
-    turn = torch.arange(channels) % before
-    return weight[:, turn] * (before / channels)
+
+def _convolutions(model: nn.Module) -> list[str]:
+    """Names of the weights of two-dimensional convolutions, in the network's order."""
+    return [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+
+
+def _takes_image(value: Tensor, own: Tensor, bands: tuple[int, int]) -> bool:
+    """Whether a convolution has the bands of the image as channels (a first layer of several branches has several)."""
+    shapes = value.ndim == 4 and (value.shape[0], *value.shape[2:]) == (own.shape[0], *own.shape[2:])
+    return shapes and (value.shape[1], own.shape[1]) == bands and (bands[0] != bands[1] or bands[0] == len(NAMED))
 
 
 def _best_names(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
     """The part of the network that the names are for, and the weights under its names."""
     plain = {name.removeprefix("module."): value for name, value in state.items()}
-    inner = {f"encoder.{name}": value for name, value in plain.items()}
-    if sum(name in own for name in inner) > sum(name in own for name in plain):
-        return "encoder.", inner
-    return "", plain
+    found = ("", plain)
+    for add in ("encoder.", "encoder.model."):
+        inner = {f"{add}{name}": value for name, value in plain.items()}
+        outer = {name.removeprefix(add): value for name, value in plain.items() if name.startswith(add)}
+        found = max(found, ("encoder.", inner), ("", outer), key=lambda one: sum(name in own for name in one[1]))
+    return found
 
 
-def _fit(value: Tensor, own: Tensor, is_first_conv: bool) -> Tensor | None:
-    if value.shape == own.shape:
-        return value
-    if is_first_conv and value.ndim == 4 and value.shape[0] == own.shape[0] and value.shape[2:] == own.shape[2:]:
-        return adapt_channels(value, own.shape[1])
-    return None
+def _word(init: Init) -> str:
+    return init if isinstance(init, str) else f"({', '.join(init)})"
 
 
 def _some(names: list[str]) -> str:

@@ -44,6 +44,7 @@ def run(experiment: Experiment, dataset: Dataset, seconds: float) -> Trial:
         update={
             "scale": experiment.scale.model_copy(update=here),
             "track": experiment.track.model_copy(update=track),
+            "model": experiment.model.model_copy(update={"weights": None}),  # which change no speed
             "train": experiment.train.model_copy(update={"epochs": 1_000_000, "early_stop_patience": None}),
         }
     )

@@ -34,6 +34,12 @@ def check(experiment: Experiment, manifest: Manifest) -> list[str]:
             f"model.in_channels={wanted}, but images of {where} give {pixels.channels} bands: leave model.in_channels "
             "out, or choose bands with data.bands"
         )
+    init = experiment.model.in_channels_init
+    if isinstance(init, tuple) and (len(init) != pixels.channels or set(init) == {"zero"}):
+        raise ConfigError(
+            f"model.in_channels_init={', '.join(init)}, but images of {where} give {pixels.channels} bands: name for "
+            "each band red, green, blue, mean or zero, not zero for all"
+        )
     _batch(experiment, manifest)
     _threshold(experiment, manifest)
     if experiment.train.exact:
@@ -87,13 +93,22 @@ def check_network(experiment: Experiment, manifest: Manifest) -> None:
 
     Raises: ConfigError: network or loss do not fit the task.
     """
-    from scalecv.models import task_of
+    from scalecv.models import required_multiple, task_of
     from scalecv.tasks import TASKS
 
     gives = task_of(experiment.model.arch)
     if gives not in (experiment.task, None):
         raise ConfigError(f"model.arch={experiment.model.arch} is a network to {gives}, the task is {experiment.task}")
     TASKS[experiment.task].check(experiment.loss, len(manifest.classes))
+    model, size = experiment.model, experiment.data.size_px
+    multiple = required_multiple(model.arch, model.encoder, model.args)
+    sides = (size, size) if size else manifest.sizes_px[:2]
+    if any(side % multiple for side in sides):
+        fits = max(multiple, round(sides[0] / multiple) * multiple)
+        raise ConfigError(
+            f"images have {sides[0]}x{sides[1]} pixels, and {model.arch} with {model.encoder} needs multiples of "
+            f"{multiple}: set data.size_px={fits}"
+        )
 
 
 def _threshold(experiment: Experiment, manifest: Manifest) -> None:
@@ -193,6 +208,8 @@ def _batch(experiment: Experiment, manifest: Manifest) -> None:
 
 def _notes(experiment: Experiment, manifest: Manifest, pixels: Pixels) -> list[str]:
     notes = []
+    if experiment.model.freeze != "none" and not experiment.model.weights:
+        notes.append("model.freeze without model.weights: what is frozen stays as the seed draws it")
     if not manifest.splits.get("val"):
         notes.append("there is no val split: the best checkpoint is chosen by train/loss")
     if experiment.train.batch > manifest.splits["train"]:

@@ -55,7 +55,8 @@ def check(model: torch.nn.Module) -> None:
 
     Raises: ConfigError: with the names of such layers.
     """
-    found = [name for name, layer in model.named_modules() if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm)]
+    kind = torch.nn.modules.batchnorm._BatchNorm
+    found = [name for name, layer in model.named_modules() if isinstance(layer, kind) and layer.training]
     if found:
         raise ConfigError(
             f"train.exact=true: {len(found)} layers learn from the statistics of a batch, such as {found[0]} "

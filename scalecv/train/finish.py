@@ -8,20 +8,23 @@ from scalecv.artifacts import bundle
 from scalecv.artifacts import report as reports
 from scalecv.batches.pixels import Pixels
 from scalecv.errors import IntegrityError
-from scalecv.models.facts import model_facts
+from scalecv.models.facts import latency_ms, model_facts
 from scalecv.shards.store import Dataset
 from scalecv.tasks import pictures
 from scalecv.tasks.evaluate import Evaluation, gather
 from scalecv.train import checkpoint, loop
 from scalecv.train.job import Job
 from scalecv.train.loop import Event, Setup, State
+from scalecv.train.memory import peak_mb
 from scalecv.train.saving import facts_of, from_rank_0, now_ms
+from scalecv.train.step import autocast
 from scalecv.train.threshold import chosen, fixed
 from scalecv.train.writer import on_host
 
 
 def finish(setup: Setup, state: State, job: Job, dataset: Dataset, pixels: Pixels) -> dict[str, Any]:
     """Load the best weights, score val and test with them, and leave bundle, tables and pictures."""
+    peak = peak_mb(setup.device.type)
     last_hash = bundle.weights_hash(state.model.state_dict())
     top, _, skipped = from_rank_0(lambda: _best(job.run, larger=setup.larger_is_better))
     best_epoch = state.epoch
@@ -71,12 +74,7 @@ def finish(setup: Setup, state: State, job: Job, dataset: Dataset, pixels: Pixel
             f"best/{k}" if k.startswith("val/") else k: v for k, v in metrics.items() if k.startswith(("val/", "test/"))
         }
         events.append({"kind": "metrics", "step": state.updates, "time_ms": now_ms(), "metrics": final})
-        try:
-            events.append(
-                {"kind": "params", "params": {f"model.{k}": v for k, v in model_facts(state.model, shape).items()}}
-            )
-        except Exception as error:  # a network of the user's may refuse to be counted; the run does not fail for it
-            events.append({"kind": "progress", "message": f"parameters and FLOPs were not counted: {error}"})
+        events += _costs(setup, state, shape, peak)
     setup.report(events)
     waits = [h["system/epoch_data_wait_share"] for h in state.history]
     speeds = [h["system/epoch_images_per_s"] for h in state.history]
@@ -102,6 +100,22 @@ def _told(setup: Setup, checked: Evaluation, threshold: float) -> list[Event]:
     if after.get("val/is_trivial"):
         lines.append(f"the model is trivial: {headline} {after[headline]:.4f} is that of background everywhere")
     return [{"kind": "progress", "message": line} for line in lines]
+
+
+def _costs(setup: Setup, state: State, shape: tuple[int, int, int], peak: float | None) -> list[Event]:
+    """What the network costs: counted, and measured on this rank's device at the precision of the run."""
+    told = {"time/total_train_s": sum(epoch["time/train_s"] for epoch in state.history)}
+    told |= {} if peak is None else {"system/peak_memory_mb": peak}
+    events: list[Event] = []
+    try:
+        facts = model_facts(state.model, shape)
+        events.append({"kind": "params", "params": {f"model.{name}": value for name, value in facts.items()}})
+        with autocast(setup):
+            p50, p95 = latency_ms(state.model, shape)
+        told |= {"system/latency_p50_ms": p50, "system/latency_p95_ms": p95}
+    except Exception as error:  # a network of the user's may refuse to be counted; the run does not fail for it
+        events.append({"kind": "progress", "message": f"parameters, FLOPs and latency are not known: {error}"})
+    return [*events, {"kind": "metrics", "step": state.updates, "time_ms": now_ms(), "metrics": told}]
 
 
 def _best(run: str, *, larger: bool) -> tuple[Any, None, list[str]]:

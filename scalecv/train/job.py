@@ -15,6 +15,8 @@ class Job:
     """URI of the run: checkpoints, pictures and the final bundle lie below it."""
     reader: str
     """threads, ray, or auto: Ray Data for splits that do not fit into the window."""
+    weights: str | None = None
+    """Where the starting weights lie that runs:/ID or models:/NAME@ALIAS stood for when the run began."""
     allow_import: bool = True
     """Whether the network may be a function of the user's own; not for an experiment that came from a record."""
 

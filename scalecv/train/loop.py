@@ -23,7 +23,7 @@ from scalecv.tasks.task import Task
 from scalecv.train import micro_batch, threshold
 from scalecv.train.gallery import Gallery
 from scalecv.train.meter import Meter
-from scalecv.train.optim import Progress, learning_rate
+from scalecv.train.optim import Progress, learning_rate, set_rate
 from scalecv.train.requests import Asked, Leaves, Requests, Stopped
 from scalecv.train.saving import Saver
 from scalecv.train.step import autocast, update
@@ -130,8 +130,7 @@ def _one_epoch(setup: Setup, state: State, batches: Epoch) -> dict[str, float]:
             due = not is_last and track.checkpoint_steps is not None and (step + 1) % track.checkpoint_steps == 0
             setup.requests.begin(save=due)
             lr = learning_rate(train, state.epoch * steps + step, steps, state.progress.plateau_scale)
-            for group in state.optimizer.param_groups:
-                group["lr"] = lr
+            set_rate(state.optimizer, lr)
             loss, norm = update(setup, state, raw, batches.plan.valid_rows(step), times)
             valid = raw["valid"].numpy()
             ids = [row for row, counts in zip(raw["id"], valid, strict=True) if counts]

@@ -13,16 +13,25 @@ if TYPE_CHECKING:
 def build_optimizer(model: "torch.nn.Module", train: Train) -> "torch.optim.Optimizer":
     """The optimiser of an experiment; vectors (biases, normalisation) are left out of weight decay.
 
+    Parameters with a factor of their own learning rate (`train.lr_factors`) are groups of their own, with `lr_factor`.
     It is torch's fused one where device and type of all weights have it, else its default. The fused ones read
     gradients as they lie in memory: see `match_layouts`.
     """
     import torch
 
-    learns = [p for p in model.parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in learns if p.ndim > 1], "weight_decay": train.weight_decay},
-        {"params": [p for p in learns if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    from scalecv.models.parts import factors_of
+
+    factors = factors_of(model, train.lr_factors)
+    named = [(factors.get(name, 1.0), p) for name, p in model.named_parameters() if p.requires_grad]
+    learns = [p for _, p in named]
+    groups: list[dict[str, Any]] = []
+    for factor in dict.fromkeys([1.0, *train.lr_factors.values()]):
+        own = [p for its, p in named if its == factor]
+        shared = {"lr": train.lr * factor, "lr_factor": factor}
+        groups += [
+            {"params": [p for p in own if p.ndim > 1], "weight_decay": train.weight_decay, **shared},
+            {"params": [p for p in own if p.ndim <= 1], "weight_decay": 0.0, **shared},
+        ]
     kinds = {(p.device.type, p.dtype) for p in learns}
     fused = True if kinds <= {(device, torch.float32) for device in ("cuda", "cpu")} else None
     if train.optimizer == "sgd":
@@ -47,6 +56,12 @@ def match_layouts(optimizer: "torch.optim.Optimizer") -> None:
             sides = zip(weight.shape, weight.stride(), gradient.stride(), strict=True)
             if any(length > 1 and one != other for length, one, other in sides):
                 weight.grad = torch.empty_like(weight).copy_(gradient)
+
+
+def set_rate(optimizer: "torch.optim.Optimizer", lr: float) -> None:
+    """Let the next update go by a learning rate, times the factor of each group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_factor"]
 
 
 def learning_rate(train: Train, update: int, steps_per_epoch: int, plateau_scale: float = 1.0) -> float:

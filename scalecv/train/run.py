@@ -78,7 +78,12 @@ def train(
     storage.check_writable(runs.home(experiment))
     with runs.lease(experiment):
         notes: list[str] = []
-        run = runs.open_run(experiment, lambda d: notes.extend(check(experiment, d.manifest)), new=new)
+        run = runs.open_run(
+            experiment,
+            lambda d: notes.extend(check(experiment, d.manifest)),
+            find_weights=lambda weights: recorded_weights(weights, uri),
+            new=new,
+        )
         for note in notes:
             tell({"kind": "progress", "message": note})
         if (run.result and run.result["epochs"] >= experiment.train.epochs) or (
@@ -248,7 +253,7 @@ def _run_workers(
 
             check_network(experiment, manifest)
         runs.check_shared(run.uri, runtime.nodes())
-        job = Job(experiment, run.dataset.version, run.uri, reader)
+        job = Job(experiment, run.dataset.version, run.uri, reader, run.weights)
         ray_run.run(job, allowed, path, early, use_gpu=use_gpu, code_dirs=code_dirs)
 
 
@@ -270,7 +275,8 @@ def _run_here(experiment: Experiment, run: runs.Run, path: str, reader: str, sto
         spool.append(path, {"kind": "end", "status": "FAILED"})
         leave(message)
 
-    work(Job(experiment, run.dataset.version, run.uri, reader), Place(device=device), report, stop=stop, end=end)
+    job = Job(experiment, run.dataset.version, run.uri, reader, run.weights)
+    work(job, Place(device=device), report, stop=stop, end=end)
 
 
 @contextlib.contextmanager
@@ -322,12 +328,20 @@ def _stop_on_signals(run: runs.Run, stop: threading.Event, tell: Callable[[Event
             signal.signal(number, handler)
 
 
+def recorded_weights(weights: str, uri: str) -> str | None:
+    """Where the bundle lies that runs:/ID or models:/NAME@ALIAS stands for now; None for any other word.
+
+    Raises: UserError: no such run or model, or one without a bundle.
+    """
+    return storage.absolute(tracking.lookup(weights, uri)) if tracking.is_reference(weights) else None
+
+
 def same_everywhere(experiment: Experiment) -> Experiment:
     """The experiment with local paths made absolute, so that a worker in another folder means the same."""
     data = experiment.data.model_copy(update={"uri": storage.absolute(experiment.data.uri)})
     track = experiment.track.model_copy(update={"storage": storage.absolute(experiment.track.storage)})
     weights = experiment.model.weights
-    if weights and weights != "imagenet" and os.path.exists(weights):
-        weights = os.path.abspath(weights)
+    if weights and weights != "imagenet" and "://" not in weights and not tracking.is_reference(weights):
+        weights = os.path.abspath(weights)  # also where it is gone: a run that goes on does not need it
     model = experiment.model.model_copy(update={"weights": weights})
     return experiment.model_copy(update={"data": data, "track": track, "model": model})

@@ -43,6 +43,8 @@ class Run:
     """Whether it was there before."""
     result: dict[str, Any] | None
     """What it ended with, if it ended."""
+    weights: str | None = None
+    """Where the starting weights lie that runs:/ID or models:/NAME@ALIAS stood for when the attempt began."""
 
 
 def home(experiment: Experiment) -> str:
@@ -50,10 +52,17 @@ def home(experiment: Experiment) -> str:
     return storage.join(storage.absolute(experiment.track.storage), experiment.name)
 
 
-def open_run(experiment: Experiment, approve: Callable[[Dataset], None], *, new: bool = False) -> Run:
+def open_run(
+    experiment: Experiment,
+    approve: Callable[[Dataset], None],
+    *,
+    find_weights: Callable[[str], str | None] = lambda _: None,
+    new: bool = False,
+) -> Run:
     """The attempt to work on: the highest one if it fits the experiment, else a first or new one.
 
-    `approve` raises where the experiment cannot run on the data; then no attempt begins.
+    `approve` raises where the experiment cannot run on the data; then no attempt begins. `find_weights` says where
+    the starting weights lie that a record's name stands for; an attempt keeps it, and does not ask again.
 
     Raises: ConfigError: the name is taken by another experiment, or the data changed under it.
     """
@@ -75,16 +84,18 @@ def open_run(experiment: Experiment, approve: Callable[[Dataset], None], *, new:
         # Else: an attempt that never saved anything, with a mistake in it or its data that was mended since.
     dataset = open_dataset(experiment.data.uri, experiment.data.version)
     approve(dataset)
+    weights = find_weights(experiment.model.weights) if experiment.model.weights else None
     uri, key = storage.join(home(experiment), f"{last + 1:03d}"), uuid.uuid4().hex
     told = {
         "key": key,
         "identity": experiment.identity(),
         "experiment": redact.clean_tree(experiment.model_dump(mode="json")),
         "dataset": {"version": dataset.version, "fingerprint": dataset.manifest.fingerprint},
+        "weights": weights,
     }
     if not storage.put_if_absent(storage.join(uri, "run.json"), json.dumps(told, indent=1).encode()):
         raise UserError(f"{uri} was started by another command at the same moment: look at that one, or run again")
-    return Run(uri, key, dataset, goes_on=False, result=None)
+    return Run(uri, key, dataset, goes_on=False, result=None, weights=weights)
 
 
 def _check_no_secret(experiment: Experiment) -> None:
@@ -138,7 +149,7 @@ def _go_on(experiment: Experiment, uri: str, told: dict[str, Any]) -> Run:
     result = None
     with contextlib.suppress(FileNotFoundError):
         result = json.loads(storage.get(storage.join(uri, "result.json")))
-    return Run(uri, told["key"], dataset, goes_on=True, result=result)
+    return Run(uri, told["key"], dataset, goes_on=True, result=result, weights=told.get("weights"))
 
 
 def local_folder(run: Run) -> Path:

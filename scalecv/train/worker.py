@@ -15,15 +15,16 @@ from scalecv.artifacts.provenance import worker_facts
 from scalecv.batches.feed import Feed, threads_per_rank
 from scalecv.batches.pixels import Pixels, pixels_of
 from scalecv.batches.plan import order_hash
-from scalecv.config import Experiment
-from scalecv.errors import ConfigError
-from scalecv.models import build_model, required_multiple
+from scalecv.models import build_model
+from scalecv.models.dry_run import check_fits
 from scalecv.models.losses import balanced_weights
+from scalecv.models.parts import freeze
 from scalecv.models.recompute import recompute_blocks
 from scalecv.shards.store import Dataset, open_dataset
 from scalecv.tasks import TASKS
 from scalecv.tasks.task import Task
 from scalecv.train import checkpoint, exact, loop
+from scalecv.train.checks import SHARDS
 from scalecv.train.finish import finish
 from scalecv.train.gallery import Gallery
 from scalecv.train.job import Job, Place
@@ -31,6 +32,7 @@ from scalecv.train.loop import Event, Setup, State
 from scalecv.train.optim import build_optimizer
 from scalecv.train.requests import Requests, Stopped
 from scalecv.train.saving import Saver, call_of, facts_of, from_rank_0, restore
+from scalecv.train.starting import start_from
 from scalecv.train.watchdog import Watchdog, leave
 
 
@@ -80,10 +82,10 @@ def _work(
     task = TASKS[experiment.task]
     pixels = pixels_of(dataset.manifest, experiment.data, experiment.data.uri)
     setup = _setup(job, place, dataset, task, pixels, report, requests, watchdog)
-    state, notes = _start(setup, job, place, pixels)
+    state, notes, weights = _start(setup, job, place, pixels)
     if experiment.cache.dir and dataset.cache is None:
         notes.append(f"cache.dir is not used: {dataset.uri} lies on a disk, not in a bucket")
-    facts = worker_facts(place.ranks, place.device, state.updates)
+    facts = worker_facts(place.ranks, place.device, state.updates) | weights
     said: list[Event] = [{"kind": "progress", "message": note} for note in notes]
     report([_processes(), {"kind": "tags", "tags": facts}, *said, *state.recent])  # known points are not sent twice
     status = loop.fit(setup, state)
@@ -182,18 +184,11 @@ def _reader(wanted: str, feed: Feed) -> str:
     return wanted
 
 
-def _start(setup: Setup, job: Job, place: Place, pixels: Pixels) -> tuple[State, list[str]]:
-    """The state to go on from, and what there is to say about it."""
-    experiment, train, notes = job.experiment, job.experiment.train, []
-    _check_size(experiment, pixels, setup.feeds["train"].dataset.manifest.sizes_px)
-    torch.manual_seed(experiment.seed)
-    model = build_model(
-        **call_of(experiment, setup.task, pixels).model_dump(),
-        weights=experiment.model.weights,
-        allow_import=job.allow_import,
-    ).to(setup.device)
-    if train.exact:
-        exact.check(model)
+def _start(setup: Setup, job: Job, place: Place, pixels: Pixels) -> tuple[State, list[str], dict[str, str]]:
+    """The state to go on from, what there is to say about it, and tags that name its starting weights."""
+    experiment, train = job.experiment, job.experiment.train
+    found, parts, skipped = from_rank_0(lambda: checkpoint.newest(job.run))
+    model, notes, weights = _network(setup, job, place, pixels, is_fresh=not found)
     if train.recompute:
         recompute_blocks(model, experiment.model.arch)
     if train.channels_last:
@@ -203,7 +198,6 @@ def _start(setup: Setup, job: Job, place: Place, pixels: Pixels) -> tuple[State,
     optimizer = build_optimizer(model, train)
     scaler = torch.amp.GradScaler(setup.device.type, enabled=train.precision == "fp16" and setup.device.type == "cuda")
     state = State(model, model, optimizer, scaler)
-    found, parts, skipped = from_rank_0(lambda: checkpoint.newest(job.run))
     notes += [f"passed over {reason}" for reason in skipped]
     if found and place.rank == 0:
         keep = experiment.track.keep + len(skipped)  # a damaged newest one must not push out what is in use
@@ -222,17 +216,39 @@ def _start(setup: Setup, job: Job, place: Place, pixels: Pixels) -> tuple[State,
             model, device_ids=ids, gradient_as_bucket_view=True, find_unused_parameters=place.ranks > 2
         )
     state.network = torch.compile(network) if train.compile else network  # type: ignore[assignment]
-    return state, notes
+    return state, notes, weights
 
 
-def _check_size(experiment: Experiment, pixels: Pixels, sizes_px: tuple[int, int, int, int]) -> None:
-    """Refuse images that a segmentation network cannot halve often enough."""
-    model = experiment.model
-    multiple = required_multiple(model.arch, model.encoder, model.args)
-    sides = (pixels.size_px, pixels.size_px) if pixels.size_px else sizes_px[:2]
-    if any(side % multiple for side in sides):
-        fits = max(multiple, round(sides[0] / multiple) * multiple)
-        raise ConfigError(
-            f"images have {sides[0]}x{sides[1]} pixels, and {model.arch} with {model.encoder} needs multiples of "
-            f"{multiple}: set data.size_px={fits}"
-        )
+def _network(
+    setup: Setup, job: Job, place: Place, pixels: Pixels, *, is_fresh: bool
+) -> tuple[torch.nn.Module, list[str], dict[str, str]]:
+    """The network as the seed draws it, with its starting weights where there is no checkpoint, and partly frozen."""
+    experiment = job.experiment
+    notes, tags = list[str](), dict[str, str]()
+    torch.manual_seed(experiment.seed)
+    model = build_model(**call_of(experiment, setup.task, pixels).model_dump(), allow_import=job.allow_import)
+    if experiment.model.weights and is_fresh:
+        loaded, tags = start_from(model, job, place.rank)
+        notes.append(f"model.weights: {loaded}")
+    frozen = freeze(model, experiment.model.freeze)
+    if frozen:
+        total = sum(p.numel() for p in model.parameters())
+        notes.append(f"model.freeze: {frozen:,} of {total:,} parameters do not learn")
+    if experiment.train.exact:
+        exact.check(model)
+    _check_fits(setup, model, pixels)
+    return model.to(setup.device), notes, tags
+
+
+def _check_fits(setup: Setup, model: torch.nn.Module, pixels: Pixels) -> None:
+    """Refuse images that vanish in the network, or that it would normalise one by one."""
+    experiment = setup.experiment
+    if ":" in experiment.model.arch:
+        return
+    train, sizes_px = experiment.train, setup.feeds["train"].dataset.manifest.sizes_px
+    share = train.batch // (SHARDS if train.exact else setup.ranks)
+    images = train.micro_batch if isinstance(train.micro_batch, int) else share
+    if experiment.model.norm == "sync":
+        images *= setup.ranks
+    sides = (pixels.size_px, pixels.size_px) if pixels.size_px else (sizes_px[1], sizes_px[0])
+    check_fits(model, (images, pixels.channels, *sides), experiment.model.arch)

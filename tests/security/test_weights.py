@@ -32,7 +32,8 @@ def test_a_state_dict_of_torch_save_is_taken(wrapped, watched, tmp_path):
     kept = build_model("resnet10", in_channels=3, outputs=2, args={"width": 8}).state_dict()
     (tmp_path / "mine.pth").write_bytes(hostile.saved({"epoch": 3, wrapped: kept} if wrapped else kept).read())
     torch.manual_seed(2)
-    model = build_model("resnet10", in_channels=3, outputs=2, args={"width": 8}, weights=str(tmp_path / "mine.pth"))
+    model = build_model("resnet10", in_channels=3, outputs=2, args={"width": 8})
+    weights.load_weights(model, str(tmp_path / "mine.pth"))
     assert all(torch.equal(kept[name], value) for name, value in model.state_dict().items())
 
 

@@ -7,7 +7,7 @@ import torch
 
 from scalecv.config import Train
 from scalecv.train import exact
-from scalecv.train.optim import Progress, build_optimizer, learning_rate, match_layouts
+from scalecv.train.optim import Progress, build_optimizer, learning_rate, match_layouts, set_rate
 
 
 def test_cosine_with_warm_up_equals_torch():
@@ -113,3 +113,26 @@ def test_exact_gradients_lie_in_memory_as_their_weights():
     assert model.weight.grad.stride() == model.weight.stride()
     plain = torch.autograd.grad(model(images).square().sum(), model.weight)[0]
     assert torch.allclose(model.weight.grad, plain, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_factors_of_the_learning_rate_are_factors_of_the_update(kind):
+    """With plain SGD an update is the gradient times the rate; a rate that is set anew keeps the factors."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    train = Train(optimizer=kind, lr=0.1, momentum=0.0, lr_factors={"0": 0.5, "0.bias": 0.25})
+    optimizer = build_optimizer(model, train)
+    set_rate(optimizer, 0.2)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    expected = {"0.weight": 0.1, "0.bias": 0.05, "1.weight": 0.2, "1.bias": 0.2}
+    assert {name: rates[id(p)] for name, p in model.named_parameters()} == pytest.approx(expected)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model(torch.randn(5, 3)).square().sum().backward()
+    optimizer.step()
+    for name, p in model.named_parameters():
+        if kind == "sgd":
+            torch.testing.assert_close(p.detach(), before[name] - expected[name] * p.grad)
+        else:  # the first update of Adam is the rate, whatever the gradient
+            torch.testing.assert_close(
+                (p.detach() - before[name]).abs(), torch.full_like(p, expected[name]), rtol=1e-3, atol=1e-6
+            )

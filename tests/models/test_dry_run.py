@@ -1,0 +1,40 @@
+"""Images that a network cannot train on are refused without computing; nothing of the network changes."""
+
+import pytest
+import torch
+
+from scalecv.errors import ConfigError
+from scalecv.models import build_model
+from scalecv.models.dry_run import check_fits
+
+
+@pytest.mark.parametrize(
+    ("arch", "shape", "extra", "said"),
+    [
+        (
+            "deeplabv3plus",
+            (1, 4, 64, 64),
+            {},
+            r"single values in images of 64x64 pixels, 1 at a time.*model.norm=frozen",
+        ),
+        ("pan", (2, 4, 64, 64), {}, r"images of 64x64 pixels vanish .*model.arch=pan .*data.size_px"),
+        ("vgg11_bn", (2, 4, 16, 16), {}, "vanish"),
+        ("pan", (1, 4, 128, 128), {"norm": "group"}, "single values"),
+        ("deeplabv3plus", (2, 4, 64, 64), {}, None),
+        ("deeplabv3plus", (1, 4, 64, 64), {"norm": "group"}, None),
+        ("pspnet", (1, 4, 64, 64), {"norm": "frozen"}, None),
+        ("unet", (2, 4, 16, 16), {"norm": "sync"}, None),
+    ],
+)
+def test_what_a_size_allows(arch, shape, extra, said):
+    model = build_model(arch, in_channels=4, outputs=2, **extra)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    if said:
+        with pytest.raises(ConfigError, match=said):
+            check_fits(model, shape, arch)
+    else:
+        check_fits(model, shape, arch)
+        assert model(torch.randn(shape)).shape == (shape[0], 2, *shape[2:])
+        return
+    after = model.state_dict()
+    assert model.training and all(torch.equal(before[name], after[name]) for name in before)
