@@ -210,10 +210,11 @@ def _start(setup: Setup, job: Job, place: Place, pixels: Pixels) -> tuple[State,
     network: torch.nn.Module = model
     if place.ranks > 1 and not train.exact:
         ids = [setup.device.index or 0] if setup.device.type == "cuda" else None
-        # DDP cuts its buckets anew after the first step of a process, unless it looks for unused parameters. Three and
-        # more ranks add in an order that depends on the buckets: a run that went on would round otherwise there.
+        # Some networks have weights that no gradient reaches (PSPNet and DPT leave parts of their encoder out). And DDP
+        # cuts its buckets anew after the first step of a process, unless it looks for unused parameters: three and more
+        # ranks add in an order that depends on the buckets, so a run that went on would round otherwise there.
         network = torch.nn.parallel.DistributedDataParallel(
-            model, device_ids=ids, gradient_as_bucket_view=True, find_unused_parameters=place.ranks > 2
+            model, device_ids=ids, gradient_as_bucket_view=True, find_unused_parameters=True
         )
     state.network = torch.compile(network) if train.compile else network  # type: ignore[assignment]
     return state, notes, weights

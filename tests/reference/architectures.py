@@ -65,7 +65,8 @@ def trains(arch: str) -> str:
     loss.backward()
     optimizer.step()
     reached = {name: p for name, p in model.named_parameters() if p.grad is not None}
-    bad = [name for name, p in reached.items() if not torch.isfinite(p.grad).all() or torch.equal(p, before[name])]
+    still = {name for name, p in reached.items() if p.grad.any() and torch.equal(p, before[name])}
+    bad = [name for name, p in reached.items() if name in still or not torch.isfinite(p.grad).all()]
     if bad or not torch.isfinite(loss):
         return f"no: loss {float(loss.detach()):.3f}, {len(bad)} weights without a sound update, such as {bad[:1]}"
     idle = len(before) - len(reached)

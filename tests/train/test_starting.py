@@ -9,6 +9,7 @@ from scalecv.artifacts import bundle
 from scalecv.errors import ConfigError, Interrupted, UserError
 from scalecv.train import runs
 from scalecv.train.run import train
+from tests.train import ranks
 
 
 def weights_of(result):
@@ -105,3 +106,10 @@ def test_refused_before_a_step(shapes, keys, said):
 def test_combinations_that_cannot_work(fields, keys, said):
     with pytest.raises(ConfigError, match=said):
         train(fields(name="refused", **keys))
+
+
+def test_weights_that_get_no_gradient_and_frozen_ones_train_on_two_ranks(fields, tmp_path):
+    """PSPNet takes three stages of its encoder: the others are there, and no gradient ever reaches them."""
+    experiment = fields(name="two", model__arch="pspnet", model__freeze=["encoder.layer1"], train__epochs=1)
+    ends, said = ranks.ended(ranks.start(experiment, 2, tmp_path))
+    assert ends == [0, 0], said
