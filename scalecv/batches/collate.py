@@ -48,11 +48,15 @@ def sample(
     if target is not None and missing is not None:
         target[torch.from_numpy(missing)] = IGNORE
     picture = torch.from_numpy(array).permute(2, 0, 1)
+    keeps = u is not None and missing is not None and how.augment.changes_bands
+    planes = transforms.with_missing(target, torch.from_numpy(missing) if keeps else None)
     if how.size_px and share is None:
-        picture, target = transforms.resize(picture, target, how.size_px, how.resize, out)
-    if u is not None:
-        picture, target = transforms.augment(picture, target, how.augment, u, how.size_px, box, out)
-    return picture, target
+        picture, planes = transforms.resize(picture, planes, how.size_px, how.resize, out)
+    if u is None:
+        return picture, planes
+    picture, planes = transforms.move(picture, planes, how.augment, u, how.size_px, box, out)
+    target, gone = transforms.without_missing(planes, has_mask=target is not None, has_missing=keeps)
+    return transforms.recolour(picture, how.augment, u, how.mean, how.std, gone), target
 
 
 def _decoded(
@@ -146,6 +150,8 @@ class Row:
     mask: Any
     nodata: float | None
     label: str | None
+    draw: int = 0
+    """How often it was drawn before in this epoch."""
 
 
 class Blocks:
@@ -190,7 +196,7 @@ def fill(
         began = time.perf_counter()
         for at in range(first, len(rows), parts):
             row = rows[at]
-            u = None if seeds is None else transforms.draws(*seeds, row.id)
+            u = None if seeds is None else transforms.draws(*seeds, row.id, row.draw)
             try:
                 image, masks[at] = sample(row.image, row.mask, row.nodata, how, u, memory.at(at))
             except (decode.BadImage, IntegrityError) as error:

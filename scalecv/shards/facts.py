@@ -20,6 +20,7 @@ from scalecv.shards.manifest import Manifest, Quarantine
 from scalecv.shards.options import IngestOptions
 from scalecv.shards.plan import UnitSettings
 from scalecv.shards.record import Aside, BandSums, Record, Totals
+from scalecv.shards.row_facts import RowFactsWriter
 from scalecv.shards.store import FACTS
 from scalecv.shards.unit import overtaken, record_uri
 
@@ -52,17 +53,20 @@ def add_up(work: Work, options: IngestOptions, said: Sequence[str]) -> Manifest:
     """
     totals = Totals()
     with tempfile.TemporaryDirectory(prefix="scalecv-") as folder:
+        rows = RowFactsWriter(Path(folder) / "rows.parquet", work.settings.kind)
         bad, odd = _Asides(Path(folder) / "quarantine.parquet"), _Asides(Path(folder) / "notes.parquet")
         if work.parent is not None:
+            rows.copy(work.uri, work.parent)
             for writer, facts in ((bad, work.parent.quarantine), (odd, work.parent.notes)):
                 writer.copy(work.uri, facts, work)
         for record in _records(work):
             totals.add(record)
+            rows.add(record)
             bad.add(work.settings.source, record.quarantine)
             odd.add(work.settings.source, record.notes)
         check_budget(totals.reasons, totals.examples, sum(totals.splits.values()), options.max_bad)
-        quarantine, notes = bad.put(work.uri), odd.put(work.uri)
-    return _manifest(work, options, totals, quarantine, notes, said)
+        manifest = _manifest(work, options, totals, bad.put(work.uri), odd.put(work.uri), said)
+        return manifest.model_copy(update={"row_facts": rows.put(work.uri)})
 
 
 def check_budget(

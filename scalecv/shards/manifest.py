@@ -59,6 +59,14 @@ class Quarantine(Frozen):
     sha256: str | None = None
 
 
+class RowFacts(Frozen):
+    """The class, or the mask's pixel counts, of each row: what sampling needs."""
+
+    path: str | None = Field(None, pattern=r"^_facts/[0-9a-f]{64}\.parquet$")
+    """Parquet file below the dataset, rows in the order of the shards; None in manifests of older releases."""
+    sha256: str | None = None
+
+
 class Manifest(Frozen):
     """The facts of one dataset version."""
 
@@ -100,6 +108,8 @@ class Manifest(Frozen):
     quarantine: Quarantine = Quarantine()
     notes: Quarantine = Quarantine()
     """Samples that were kept though something about them is odd; the same columns, stage note."""
+    row_facts: RowFacts = RowFacts()
+    """Of single rows, where the release that ingested them kept any."""
     warnings: tuple[str, ...] = ()
     """What the ingest had to say about the dataset as a whole."""
 
