@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from scalecv.cli import data, experiments, operations, records
+from scalecv.cli import bands, data, experiments, operations, records
 from scalecv.cli.output import clean_streams, has_printed, keep_stdout_for_json, print_json
 from scalecv.errors import ScalecvError
 
@@ -24,6 +24,7 @@ app.command()(experiments.demo)
 app.command()(data.ingest)
 app.command()(experiments.train)
 app.command()(experiments.evaluate)
+app.command()(bands.bands)
 app.command()(records.reproduce)
 app.command()(records.compare)
 app.add_typer(data.app, name="data")
