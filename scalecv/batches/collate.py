@@ -50,11 +50,15 @@ def sample(
     picture, missing = image_of(array, nodata, how)
     if target is not None and missing is not None:
         target[torch.from_numpy(missing)] = IGNORE
+    keeps = u is not None and missing is not None and how.augment.changes_bands
+    planes = transforms.with_missing(target, torch.from_numpy(missing) if keeps else None)
     if how.size_px and share is None:
-        picture, target = transforms.resize(picture, target, how.size_px, how.resize, out)
-    if u is not None:
-        picture, target = transforms.augment(picture, target, how.augment, u, how.size_px, box, out)
-    return picture, target
+        picture, planes = transforms.resize(picture, planes, how.size_px, how.resize, out)
+    if u is None:
+        return picture, planes
+    picture, planes = transforms.move(picture, planes, how.augment, u, how.size_px, box, out)
+    target, gone = transforms.without_missing(planes, has_mask=target is not None, has_missing=keeps)
+    return transforms.recolour(picture, how.augment, u, how.mean, how.std, gone), target
 
 
 def _decoded(
@@ -153,6 +157,8 @@ class Row:
     mask: Any
     nodata: float | None
     label: str | None
+    draw: int = 0
+    """How often it was drawn before in this epoch."""
 
 
 class Blocks:
@@ -196,7 +202,7 @@ def fill(
     def work(first: int) -> float:
         began = time.perf_counter()
         mine = range(first, len(rows), parts)
-        chances = {at: None if seeds is None else transforms.draws(*seeds, rows[at].id) for at in mine}
+        chances = {at: None if seeds is None else transforms.draws(*seeds, rows[at].id, rows[at].draw) for at in mine}
         done = _cropped(rows, how, chances, memory)
         for at in mine:
             if at in done:
@@ -241,7 +247,7 @@ def _cropped(rows: list[Row], how: Pixels, chances: Mapping[int, np.ndarray | No
     done = {at for at, is_done in zip(jobs, whole.tolist(), strict=True) if is_done}
     rest = how.augment.model_copy(update={"resized_crop": None, "hflip": 0.0, "vflip": 0.0})
     for at in done:
-        memory.put(at, _augmented(jobs[at][4], rest, chances[at]))
+        memory.put(at, _augmented(jobs[at][4], rest, how, chances[at]))
     return done
 
 
@@ -263,8 +269,10 @@ def _box_and_flips(known: jpeg.Header, how: Pixels, u: np.ndarray | None) -> tup
     return box, 0 if u is None else int(u[4] < how.augment.hflip) + 2 * int(u[5] < how.augment.vflip)
 
 
-def _augmented(image: torch.Tensor, rest: Augment, u: np.ndarray | None) -> torch.Tensor:
-    return image if u is None or rest == _NOTHING else transforms.augment(image, None, rest, u, None)[0]
+def _augmented(image: torch.Tensor, rest: Augment, how: Pixels, u: np.ndarray | None) -> torch.Tensor:
+    if u is None or rest == _NOTHING:
+        return image
+    return transforms.recolour(transforms.move(image, None, rest, u, None)[0], rest, u, how.mean, how.std)
 
 
 _NOTHING = Augment()

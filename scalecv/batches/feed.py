@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -26,8 +26,11 @@ import torch
 from scalecv.batches.collate import Row
 from scalecv.batches.decoders import Decoders, Shared
 from scalecv.batches.pixels import Pixels
-from scalecv.batches.plan import Plan, order_key
+from scalecv.batches.plan import Picks, Plan, order_key
 from scalecv.batches.reader import READERS, Groups, read_or_error
+from scalecv.batches.sampling import kinds_of, limited, strata_of
+from scalecv.batches.strata import Strata
+from scalecv.config import Sampling
 from scalecv.errors import IntegrityError
 from scalecv.schema import Batch
 from scalecv.shards.manifest import Shard
@@ -71,26 +74,89 @@ class Feed:
     """trainer, cluster or auto: see batches/decoders.py."""
     max_bad: float = 0.0
     """Share of the split's rows that training may leave out because they cannot be read."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """Which rows training draws more often."""
+    limit: int | None = None
+    """Rows that training uses; None uses all."""
     _kept: dict[int, Any] = field(default_factory=dict, compare=False, repr=False)
     """Row groups of a split that fits into the window: read in the first epoch, held for all others."""
     _shared: Shared = field(default_factory=Shared, compare=False, repr=False)
 
     @cached_property
     def groups(self) -> Groups:
-        """The row groups of the split."""
+        """The row groups of the split; with a limit those that hold a row to use."""
+        return [group for group, rows in zip(self._all_groups, self._chosen, strict=True) if rows is None or len(rows)]
+
+    @cached_property
+    def group_rows(self) -> tuple[int, ...]:
+        """Rows to use of each of `groups`."""
+        return tuple(s.row_groups[g] if rows is None else len(rows) for (s, g), rows in self._used)
+
+    @cached_property
+    def rows(self) -> int:
+        """Rows of an epoch."""
+        return sum(self.group_rows)
+
+    @cached_property
+    def _all_groups(self) -> Groups:
         return [(s, g) for s in self.dataset.manifest.shards_of(self.split) for g in range(len(s.row_groups))]
+
+    @cached_property
+    def _kinds(self) -> np.ndarray | None:
+        """Kind of each row of the split, where training asks for it."""
+        if not self.is_training or not (self.sampling.is_on or self.limit):
+            return None
+        return kinds_of(self.dataset, self.split, self.sampling.min_share)
+
+    @cached_property
+    def _limited(self) -> np.ndarray | None:
+        """Numbers of the rows to use; None for all."""
+        if self._kinds is None or not self.limit or self.limit >= len(self._kinds):
+            return None
+        key = f"{self.dataset.manifest.fingerprint}|{self.split}|{self.seed}"
+        return limited(self._kinds, [s.row_groups[g] for s, g in self._all_groups], self.limit, key)
+
+    @cached_property
+    def _chosen(self) -> list[np.ndarray | None]:
+        """For each row group of the split the rows to use, int64, ascending; None for all."""
+        if self._limited is None:
+            return [None] * len(self._all_groups)
+        ends = np.cumsum([s.row_groups[g] for s, g in self._all_groups])
+        cuts = np.searchsorted(self._limited, ends)
+        starts = [0, *cuts[:-1].tolist()], [0, *ends[:-1].tolist()]
+        return [self._limited[a:b] - first for a, b, first in zip(starts[0], cuts.tolist(), starts[1], strict=True)]
+
+    @cached_property
+    def _used(self) -> list[tuple[tuple[Shard, int], np.ndarray | None]]:
+        """`groups`, each with its rows to use."""
+        return list(zip(self.groups, [r for r in self._chosen if r is None or len(r)], strict=True))
+
+    @cached_property
+    def _strata(self) -> Strata | None:
+        if self._kinds is None:
+            return None
+        kinds = self._kinds if self._limited is None else self._kinds[self._limited]
+        return strata_of(kinds, self.sampling, self.dataset.uri)
 
     def plan(self, epoch: int) -> Plan:
         """The order of one epoch."""
         manifest = self.dataset.manifest
         row_bytes = max(1, manifest.encoded_bytes // max(1, manifest.rows))
         return Plan(
-            group_rows=tuple(s.row_groups[g] for s, g in self.groups),
+            group_rows=self.group_rows,
             batch=self.batch,
             key=order_key(manifest.fingerprint, self.split, self.seed, epoch if self.is_training else 0),
             shuffle=self.is_training,
             window_rows=max(self.batch, (self.window_mb << 20) // row_bytes),
+            strata=self._strata,
         )
+
+    def rows_of(self, picks: Picks) -> list[int]:
+        """Rows of their row groups that a step takes."""
+        if self._limited is None:
+            return list(picks.row.tolist())
+        places = zip(picks.group.tolist(), picks.row.tolist(), strict=True)
+        return [int(cast(np.ndarray, self._used[group][1])[row]) for group, row in places]
 
     @cached_property
     def keeps(self) -> bool:
@@ -222,7 +288,8 @@ class Epoch:
                     picks = replace(picks, valid=picks.valid & whole)
                 if not self._has_room():
                     return
-                rows = [held[g].row(r) for g, r in zip(picks.group.tolist(), picks.row.tolist(), strict=True)]
+                places = zip(picks.group.tolist(), feed.rows_of(picks), picks.draw.tolist(), strict=True)
+                rows = [held[group].row(row, draw) for group, row, draw in places]
                 seeds = (feed.seed, self._epoch) if feed.is_training else None
                 self._ready.put((step, picks, self.decoders.start(rows, seeds)))
                 for group in drop:
@@ -241,7 +308,7 @@ class Epoch:
             return _Columns(groups[group], self._feed.dataset, table)
         shard, index = groups[group]
         if all((shard.path, index) != (known.shard, known.row_group) for known in self.damaged):
-            self.damaged.append(Damaged(shard.path, index, shard.row_groups[index], str(table)))
+            self.damaged.append(Damaged(shard.path, index, self._feed.group_rows[group], str(table)))
             self.check_budget(self.damaged)
         for further in range(1, len(groups)):
             number = (group + further) % len(groups)
@@ -256,7 +323,7 @@ class Epoch:
         Raises: IntegrityError: they hold more rows than `max_bad` allows; an evaluation needs all rows.
         """
         feed = self._feed
-        lost, rows = sum(one.rows for one in damaged), feed.dataset.manifest.splits[feed.split]
+        lost, rows = sum(one.rows for one in damaged), feed.rows
         if damaged and (not feed.is_training or lost > feed.max_bad * rows):
             what = f"{[*damaged][-1].reason}. {lost} of {rows} rows of {feed.split} cannot be"
             raise IntegrityError(
@@ -290,9 +357,10 @@ class _Columns:
         self.labels = flat.get("label")
         self.nodata = flat.get("nodata")
 
-    def row(self, at: int) -> Row:
+    def row(self, at: int, draw: int = 0) -> Row:
         at %= len(self.ids)  # a stand-in may be shorter
         return Row(
+            draw=draw,
             id=self.ids[at].as_py(),
             path=self.paths[at].as_py(),
             where=self.where,

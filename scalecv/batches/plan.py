@@ -6,6 +6,7 @@ Every global batch takes the same share from each lane, and a rank takes a fixed
 so it reads only the row groups of its own lanes, whole and once, and the ids in a global batch are
 the same for any number of ranks. A dataset that fits into one window is shuffled as a whole.
 The position in an epoch is the number of the step; nothing has to be replayed to get there.
+Where some rows are to be drawn more often, the sequence is one of draws: as many as rows (see strata.py).
 """
 
 import hashlib
@@ -15,6 +16,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
+
+from scalecv.batches.strata import Line, Strata
 
 LANES = 16
 
@@ -31,6 +34,8 @@ class Picks:
     """bool [n]; False marks a row that was seen already and only fills the batch."""
     position: np.ndarray
     """int64 [n], place in the global order of the epoch."""
+    draw: np.ndarray
+    """int64 [n], how often the row was drawn before in this epoch; 0 unless rows are sampled."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,8 @@ class Plan:
     shuffle: bool = True
     window_rows: int = 1 << 62
     """Rows among which the order is random, over all lanes together."""
+    strata: Strata | None = field(default=None, compare=False)
+    """Which rows are drawn more often; None takes each row once."""
     _windows: dict[tuple[int, int], np.ndarray] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
@@ -73,7 +80,16 @@ class Plan:
         return self._permutation(groups, "groups") if self.shuffle else np.arange(groups)
 
     @cached_property
+    def _line(self) -> Line | None:
+        if self.strata is None:
+            return None
+        return self.strata.line(self.group_rows, self._sequence, self._raw(1, "draws"))
+
+    @cached_property
     def _starts(self) -> np.ndarray:
+        """First draw of each row group of the sequence, and the end."""
+        if self._line:
+            return np.append(self._line.first(self._line.edges[:-1]), self.rows)
         lengths = np.asarray(self.group_rows, np.int64)[self._sequence]
         return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
 
@@ -102,9 +118,12 @@ class Plan:
         length = np.diff(self._lane_starts)[lane]
         valid = at < length
         inside = np.where(valid, at, length - 1 - (at - length) % np.maximum(length, 1))
-        sequence_row = self._lane_starts[lane] + self._shuffled(lane, inside)
-        place = np.searchsorted(self._starts, sequence_row, side="right") - 1
-        return Picks(self._sequence[place], sequence_row - self._starts[place], valid, step * self.batch + slots)
+        drawn = self._lane_starts[lane] + self._shuffled(lane, inside)
+        place = np.searchsorted(self._starts, drawn, side="right") - 1
+        group, row, draw = self._sequence[place], drawn - self._starts[place], np.zeros_like(drawn)
+        if self._line:
+            row, draw = self._line.rows(group, place, drawn)
+        return Picks(group, row, valid, step * self.batch + slots, draw)
 
     def reads(self, start: int = 0, rank: int = 0, ranks: int = 1) -> Iterator[tuple[int, list[int], list[int]]]:
         """For each step from `start`: (step, row groups to fetch before it, row groups not needed after it)."""
@@ -163,9 +182,16 @@ class Plan:
 
     def _permutation(self, size: int, what: str) -> np.ndarray:
         """A permutation that no release of numpy changes: raw bits of Philox, sorted."""
-        digest = hashlib.sha256(f"{self.key}|{what}".encode()).digest()
-        raw = np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(size)
-        return np.argsort(raw, kind="stable")
+        return np.argsort(self._raw(size, what), kind="stable")
+
+    def _raw(self, size: int, what: str) -> np.ndarray:
+        return raw_bits(f"{self.key}|{what}", size)
+
+
+def raw_bits(key: str, size: int) -> np.ndarray:
+    """uint64 [size], raw bits of Philox that depend on the key alone; no release of numpy changes them."""
+    digest = hashlib.sha256(key.encode()).digest()
+    return np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(size)
 
 
 def order_key(fingerprint: str, split: str, seed: int, epoch: int) -> str:

@@ -7,10 +7,12 @@ on any number of workers, in any thread, after any restart, whatever the version
 """
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
+from scalecv.batches.radiometry import change_bands
 from scalecv.config import Augment
 from scalecv.schema import IGNORE
 
@@ -19,9 +21,9 @@ Box = tuple[int, int, int, int]
 """Top, left, height and width in pixels."""
 
 
-def draws(seed: int, epoch: int, row_id: str) -> np.ndarray:
-    """float64 [DRAWS] in [0, 1), from SHA-512 of (seed, epoch, id)."""
-    key = f"{seed}|{epoch}|{row_id}".encode()
+def draws(seed: int, epoch: int, row_id: str, again: int = 0) -> np.ndarray:
+    """float64 [DRAWS] in [0, 1), from SHA-512 of (seed, epoch, id, how often the row was drawn before in the epoch)."""
+    key = f"{seed}|{epoch}|{row_id}{f'|again {again}' if again else ''}".encode()
     raw = b"".join(hashlib.sha512(key + tail).digest() for tail in (b"|0", b"|1", b"|2"))
     return (np.frombuffer(raw, "<u8") >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
@@ -33,7 +35,7 @@ def resize(
 
     Args:
         image: [C, H, W].
-        mask: int64 [H, W] or None.
+        mask: int64 [..., H, W] or None.
         size_px: side of the square.
         how: "stretch", or "crop" (centre of the shorter side's square).
         out: [C, size_px, size_px] of the image's dtype, where the result may be written.
@@ -43,7 +45,7 @@ def resize(
         side = min(height, width)
         top, left = (height - side) // 2, (width - side) // 2
         image = image[:, top : top + side, left : left + side]
-        mask = None if mask is None else mask[top : top + side, left : left + side]
+        mask = None if mask is None else mask[..., top : top + side, left : left + side]
     if image.shape[-2:] == (size_px, size_px):
         return image, mask
     return scaled(image, size_px, out), None if mask is None else _nearest(mask, size_px)
@@ -62,7 +64,24 @@ def scaled(image: torch.Tensor, size_px: int, out: torch.Tensor | None = None) -
     return out
 
 
-def augment(
+def with_missing(mask: torch.Tensor | None, missing: torch.Tensor | None) -> torch.Tensor | None:
+    """A mask, int64 [H, W], and where pixels are missing, bool [H, W], as planes that move together."""
+    if missing is None:
+        return mask
+    planes = [missing.long()] if mask is None else [mask, missing.long()]
+    return torch.stack(planes)
+
+
+def without_missing(
+    planes: torch.Tensor | None, *, has_mask: bool, has_missing: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The mask and where pixels are missing, of planes that were moved; what comes from outside is missing too."""
+    if planes is None or not has_missing:
+        return planes, None
+    return planes[0] if has_mask else None, planes[-1] != 0
+
+
+def move(
     image: torch.Tensor,
     mask: torch.Tensor | None,
     how: Augment,
@@ -71,11 +90,11 @@ def augment(
     box: Box | None = None,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """One random variant of a sample.
+    """One random variant of a sample's geometry.
 
     Args:
         image: [C, H, W], uint8, int16 or float32, not normalised.
-        mask: int64 [H, W] or None; pixels that come from outside the image become IGNORE.
+        mask: int64 [..., H, W] or None; pixels that come from outside the image become IGNORE.
         how: strengths and probabilities.
         u: float64 [DRAWS] in [0, 1); each operation has places of its own, so switching one on or off
             does not change the others.
@@ -86,7 +105,7 @@ def augment(
     if how.resized_crop and size_px:
         top, left, height, width = box or crop_box(image.shape[-2], image.shape[-1], how.resized_crop, u)
         image = scaled(image[:, top : top + height, left : left + width], size_px, out)
-        mask = None if mask is None else _nearest(mask[top : top + height, left : left + width], size_px)
+        mask = None if mask is None else _nearest(mask[..., top : top + height, left : left + width], size_px)
     if u[4] < how.hflip:
         image, mask = image.flip(-1), None if mask is None else mask.flip(-1)
     if u[5] < how.vflip:
@@ -98,11 +117,30 @@ def augment(
         image, mask = _pad_crop(image, mask, how.pad_crop_px, u[7:9])
     if how.rotate_deg or how.translate or how.zoom:
         image, mask = _affine(image, mask, how, u[9:13])
+    return image, mask
+
+
+def recolour(
+    image: torch.Tensor,
+    how: Augment,
+    u: np.ndarray,
+    mean: Sequence[float],
+    std: Sequence[float],
+    missing: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One random variant of a sample's values.
+
+    Args:
+        image: [C, H, W], uint8, int16 or float32, not normalised.
+        how: strengths and probabilities.
+        u: float64 [DRAWS] in [0, 1).
+        mean, std: of each band, in the units of the files.
+        missing: bool [H, W], pixels without data.
+    """
     if how.brightness or how.contrast:
         image = _photometric(image, 1 + how.brightness * (2 * u[13] - 1), 1 + how.contrast * (2 * u[14] - 1))
-    if u[15] < how.erase:
-        image = _erase(image, u[16:19])
-    return image, mask
+    image = change_bands(image, how, u, mean, std, missing)
+    return _erase(image, u[16:19]) if u[15] < how.erase else image
 
 
 def crop_box(height: int, width: int, share: tuple[float, float], u: np.ndarray) -> Box:
@@ -120,7 +158,7 @@ def _pad_crop(
     height, width = image.shape[-2:]
     rows = _reflected(height, int(u[0] * (2 * pad + 1)) - pad)
     columns = _reflected(width, int(u[1] * (2 * pad + 1)) - pad)
-    return image[:, rows][:, :, columns], None if mask is None else mask[rows][:, columns]
+    return image[:, rows][:, :, columns], None if mask is None else mask[..., rows, :][..., columns]
 
 
 def _reflected(size: int, shift: int) -> torch.Tensor:
@@ -144,10 +182,10 @@ def _affine(
     changed = F.affine(changed, angle, shift, scale, [0.0, 0.0], InterpolationMode.BILINEAR, fill=fill).to(image.dtype)
     if mask is None:
         return changed, None
-    moved = F.affine(
-        mask[None].float(), angle, shift, scale, [0.0, 0.0], InterpolationMode.NEAREST, fill=[float(IGNORE)]
-    )
-    return changed, moved[0].long()
+    planes = mask.reshape(-1, height, width).float()
+    fill = [float(IGNORE)] * len(planes)
+    moved = F.affine(planes, angle, shift, scale, [0.0, 0.0], InterpolationMode.NEAREST, fill=fill)
+    return changed, moved.long().reshape(mask.shape)
 
 
 def _photometric(image: torch.Tensor, brightness: float, contrast: float) -> torch.Tensor:
@@ -170,6 +208,6 @@ def _erase(image: torch.Tensor, u: np.ndarray) -> torch.Tensor:
 
 
 def _nearest(mask: torch.Tensor, size_px: int) -> torch.Tensor:
-    height, width = mask.shape
+    height, width = mask.shape[-2:]
     middle = 2 * torch.arange(size_px) + 1  # of the new pixel, in half pixels
-    return mask[middle * height // (2 * size_px)][:, middle * width // (2 * size_px)]
+    return mask[..., middle * height // (2 * size_px), :][..., middle * width // (2 * size_px)]

@@ -122,6 +122,9 @@ def show(
     dataset: Dataset,
     version: Version = None,
     picture: Annotated[str | None, typer.Option(help="PNG of samples to write.")] = None,
+    augment: Annotated[
+        str | None, typer.Option(metavar="EXPERIMENT", help="Samples as the experiment's augmentation changes them.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Facts, classes, splits, bands and what was set aside; samples as a picture."""
@@ -129,13 +132,24 @@ def show(
     from scalecv.shards.store import open_dataset
 
     opened = open_dataset(dataset, version)
-    written = facts.sample_grid(opened, picture) if picture else None
+    if augment and not picture:
+        raise ConfigError("--augment EXPERIMENT needs --picture FILE.png, where the samples are drawn")
+    written = _augmented(opened, augment, picture) if augment and picture else None
+    written = facts.sample_grid(opened, picture) if picture and not augment else written
     if as_json:
         print_json(facts.facts_json(opened) | {"picture": str(written) if written else None})
         return
     facts.print_facts(opened)
     if written:
         sys.stderr.write(f"samples: {written}\n")
+
+
+def _augmented(opened: Any, experiment: str, picture: str) -> str:
+    from scalecv import config, storage
+    from scalecv.tasks.preview import augmented_png
+
+    storage.put(picture, augmented_png(opened, config.load(experiment)))
+    return storage.absolute(picture)
 
 
 @app.command()

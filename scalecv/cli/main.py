@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from scalecv.cli import data, experiments, operations, predictions, records
+from scalecv.cli import bands, data, experiments, operations, predictions, records
 from scalecv.cli.output import clean_streams, has_printed, keep_stdout_for_json, print_json
 from scalecv.errors import ScalecvError
 
@@ -25,6 +25,7 @@ app.command()(data.ingest)
 app.command()(experiments.train)
 app.command()(experiments.evaluate)
 app.command()(predictions.predict)
+app.command()(bands.bands)
 app.command()(records.reproduce)
 app.command()(records.compare)
 app.command()(records.pareto)

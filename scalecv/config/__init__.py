@@ -5,7 +5,7 @@ Python alike), `origins` tells where each value came from, `json_schema` serves 
 Every field's docstring is its text in the JSON Schema.
 """
 
-from scalecv.config.data import Augment, Cache, Data
+from scalecv.config.data import Augment, Cache, Data, Sampling
 from scalecv.config.experiment import Experiment
 from scalecv.config.files import build, dump, flatten, json_schema, load, origins, parse_overrides, read, with_overrides
 from scalecv.config.frozen import Frozen, Scalar
@@ -22,6 +22,7 @@ __all__ = [
     "Frozen",
     "Loss",
     "Model",
+    "Sampling",
     "Scalar",
     "Scale",
     "Track",

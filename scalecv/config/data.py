@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from scalecv.config.frozen import Frozen
 
@@ -35,6 +35,21 @@ class Augment(Frozen):
     """Largest relative change of contrast."""
     erase: float = Field(0.0, ge=0, le=1)
     """Probability of blanking one random rectangle (2 to 20 % of the area) of the image."""
+    noise: float = Field(0.0, ge=0, le=2)
+    """Largest standard deviation of Gaussian noise, in standard deviations of each band."""
+    blur_px: float = Field(0.0, ge=0, le=10)
+    """Largest standard deviation of a Gaussian blur, pixels."""
+    band_gain: float = Field(0.0, ge=0, lt=1)
+    """Largest relative change of contrast, each band by itself: 0.1 means 0.9 to 1.1 around the band's mean."""
+    band_offset: float = Field(0.0, ge=0, le=2)
+    """Largest change of brightness, each band by itself, in standard deviations of the band."""
+    band_drop: float = Field(0.0, ge=0, le=1)
+    """Probability that one random band is set to its mean, so that the network does not lean on a single one."""
+
+    @property
+    def changes_bands(self) -> bool:
+        """Whether values are changed in units of the dataset's bands."""
+        return any((self.noise, self.blur_px, self.band_gain, self.band_offset, self.band_drop))
 
     @field_validator("resized_crop")
     @classmethod
@@ -42,6 +57,33 @@ class Augment(Frozen):
         if v is not None and not 0 < v[0] <= v[1] <= 1:
             raise ValueError("needs 0 < smallest <= largest <= 1")
         return v
+
+
+class Sampling(Frozen):
+    """Which rows an epoch of training draws more often than others; validation and test take each row once.
+
+    An epoch has as many draws as rows, and rows of one kind differ by one draw at most.
+    """
+
+    positive: float | None = Field(None, gt=0, le=1)
+    """Segmentation: share of an epoch's draws from images with foreground (any class but the first)."""
+    min_share: float = Field(0.0, ge=0, lt=1)
+    """Share of an image's labelled pixels above which its foreground counts."""
+    balance: float | None = Field(None, gt=0, le=1)
+    """Classification: a class of n rows gets draws in proportion to n^(1 - balance); 1 draws all equally often."""
+    most: float = Field(100.0, ge=1)
+    """Most draws of a row in an epoch, on average; rarer kinds stay below their share."""
+
+    @model_validator(mode="after")
+    def _one(self) -> "Sampling":
+        if self.positive is not None and self.balance is not None:
+            raise ValueError("positive is for masks, balance for labels: set one of them")
+        return self
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is drawn more often."""
+        return self.positive is not None or self.balance is not None
 
 
 class Data(Frozen):
@@ -63,6 +105,10 @@ class Data(Frozen):
     """Bands to use, counted from 1 in the order of the file; empty means all."""
     augment: Augment = Augment()
     """Random changes of training images."""
+    sampling: Sampling = Sampling()
+    """Which training rows are drawn more often."""
+    limit: int | None = Field(None, ge=1)
+    """Rows of the training split to use, for a quick try: drawn by the seed, each class with its share; empty: all."""
     window_mb: int = Field(128, ge=1)
     """Encoded megabytes among which rows are shuffled, over all workers together."""
     reader: Literal["auto", "ray", "threads"] = "auto"

@@ -73,7 +73,7 @@ def evaluate(
 
     opened = bundle.open_bundle(tracking.lookup(model), allow_import=allow_import)
     dataset = open_dataset(dataset_uri, version)
-    _check(opened, dataset.manifest, dataset_uri, split)
+    check(opened, dataset.manifest, dataset_uri, split)
     task = TASKS[opened.facts.task]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     feed = Feed(dataset, split, opened.pixels(), batch, threads=os.cpu_count() or 1)
@@ -113,7 +113,11 @@ def evaluate(
     )
 
 
-def _check(opened: bundle.Bundle, manifest: Any, where: str, split: str) -> None:
+def check(opened: bundle.Bundle, manifest: Any, where: str, split: str) -> None:
+    """See that a model can score a split of a dataset.
+
+    Raises: DataError: bands, kind, classes or split do not fit.
+    """
     facts = opened.facts
     kind = {"classify": "label", "segment": "mask"}[facts.task]
     if manifest.kind != kind:

@@ -22,6 +22,7 @@ from scalecv.shards.options import IngestOptions
 from scalecv.shards.places import Places
 from scalecv.shards.plan import UnitSettings
 from scalecv.shards.record import Aside, BandSums, Record, Totals
+from scalecv.shards.row_facts import RowFactsWriter
 from scalecv.shards.store import FACTS
 from scalecv.shards.unit import overtaken, record_uri
 
@@ -54,15 +55,18 @@ def add_up(work: Work, options: IngestOptions, said: Sequence[str]) -> Manifest:
     """
     totals = Totals()
     with tempfile.TemporaryDirectory(prefix="scalecv-") as folder:
+        rows = RowFactsWriter(Path(folder) / "rows.parquet", work.settings.kind)
         bad, odd = _Asides(Path(folder) / "quarantine.parquet"), _Asides(Path(folder) / "notes.parquet")
         places = Places(Path(folder) / "footprints.parquet")
         if work.parent is not None:
+            rows.copy(work.uri, work.parent)
             for writer, facts in ((bad, work.parent.quarantine), (odd, work.parent.notes)):
                 writer.copy(work.uri, facts, work)
-            for rows in aside_rows(work.uri, work.parent.footprints):
-                places.add_rows(rows)
+            for some in aside_rows(work.uri, work.parent.footprints):
+                places.add_rows(some)
         for record in _records(work):
             totals.add(record)
+            rows.add(record)
             bad.add(work.settings.source, record.quarantine)
             odd.add(work.settings.source, record.notes)
             places.add(record)
@@ -70,7 +74,14 @@ def add_up(work: Work, options: IngestOptions, said: Sequence[str]) -> Manifest:
         quarantine, notes = bad.put(work.uri), odd.put(work.uri)
         overlaps = places.overlaps()
         footprints = places.put(work.uri)
-    files = {"quarantine": quarantine, "notes": notes, "footprints": footprints, "overlaps": overlaps}
+        row_facts = rows.put(work.uri)
+    files = {
+        "quarantine": quarantine,
+        "notes": notes,
+        "footprints": footprints,
+        "overlaps": overlaps,
+        "row_facts": row_facts,
+    }
     return _manifest(work, options, totals, files, said)
 
 

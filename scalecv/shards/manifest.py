@@ -76,6 +76,14 @@ class Overlap(Frozen):
     """Paths of one pair, in the order of `splits`."""
 
 
+class RowFacts(Frozen):
+    """The class, or the mask's pixel counts, of each row: what sampling needs."""
+
+    path: str | None = Field(None, pattern=r"^_facts/[0-9a-f]{64}\.parquet$")
+    """Parquet file below the dataset, rows in the order of the shards; None in manifests of older releases."""
+    sha256: str | None = None
+
+
 class Manifest(Frozen):
     """The facts of one dataset version."""
 
@@ -125,6 +133,8 @@ class Manifest(Frozen):
     """Where the rows lie that say so: a Parquet file with path, split, place, transform, width, height."""
     overlaps: tuple[Overlap, ...] = ()
     """Splits whose rows lie on each other."""
+    row_facts: RowFacts = RowFacts()
+    """Of single rows, where the release that ingested them kept any."""
     warnings: tuple[str, ...] = ()
     """What the ingest had to say about the dataset as a whole."""
 

@@ -137,6 +137,10 @@ class Record(BaseModel):
     """Of the rows that say where they lie."""
     dropped: int = 0
     """Windows that were left out because no pixel of them counts."""
+    row_labels: list[str] = []
+    """Label of each row that has one, in the order of the shard."""
+    row_masks: list[list[int]] = []
+    """Of each row with a mask: value, pixels, value, pixels …"""
     quarantine: list[Aside] = []
     notes: list[Aside] = []
     _held: list[tuple[Mapping[str, Any], Facts, int]] = PrivateAttr(default_factory=list)
@@ -182,6 +186,9 @@ class Record(BaseModel):
             _add(self.formats, facts["format"], 1)
             if row["label"] is not None:
                 _add(self.labels, row["label"], 1)
+                self.row_labels.append(row["label"])
+            if facts["mask_values"]:
+                self.row_masks.append([n for pair in facts["mask_values"].items() for n in (int(pair[0]), pair[1])])
             for value, pixels in facts["mask_values"].items():
                 _add(self.mask_values, value, pixels)
             if facts["place"]:

@@ -184,10 +184,12 @@ def verify(
         progress: called with bytes done and bytes in all.
         threads: shards that are read at the same time.
     """
-    facts = [f for f in (dataset.manifest.quarantine, dataset.manifest.notes, dataset.manifest.footprints) if f.path]
-    objects = [(s.path, s.size_bytes, s.sha256, s) for s in dataset.manifest.shards]
+    manifest = dataset.manifest
+    kept = (manifest.quarantine, manifest.notes, manifest.footprints, manifest.row_facts)
+    facts = [f for f in kept if f.path]
+    objects = [(s.path, s.size_bytes, s.sha256, s) for s in manifest.shards]
     objects += [(str(f.path), 0, str(f.sha256), None) for f in facts]  # type: ignore[misc]  # no shard
-    total, done, problems = sum(s.size_bytes for s in dataset.manifest.shards), 0, []
+    total, done, problems = sum(s.size_bytes for s in manifest.shards), 0, []
     with ThreadPoolExecutor(threads) as pool:
         for (_, size, _, _), problem in zip(
             objects, pool.map(lambda o: _problem(dataset.uri, *o), objects), strict=True

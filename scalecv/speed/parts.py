@@ -72,6 +72,8 @@ def measure(experiment: Experiment, seconds: float = 5.0, tell: Callable[[str], 
         threads=threads,
         reader=reader,
         max_bad=experiment.data.max_bad,
+        sampling=experiment.data.sampling,
+        limit=experiment.data.limit,
     )
     per_image = dataset.manifest.encoded_bytes / max(1, dataset.manifest.rows)
     tell(f"reading, {seconds:g} s")

@@ -4,6 +4,7 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
+from scalecv.batches import sampling
 from scalecv.batches.pixels import Pixels, pixels_of
 from scalecv.config import Experiment
 from scalecv.errors import ConfigError, DataError, nearest
@@ -42,6 +43,8 @@ def check(experiment: Experiment, manifest: Manifest) -> list[str]:
         )
     _batch(experiment, manifest)
     _threshold(experiment, manifest)
+    sampling.check(experiment.data, manifest, where)
+    _augment(experiment, manifest, pixels)
     if experiment.train.exact:
         _exact(experiment)
     _sizes(experiment)
@@ -185,6 +188,22 @@ def _labels(experiment: Experiment, manifest: Manifest, where: str) -> None:
             )
 
 
+def _augment(experiment: Experiment, manifest: Manifest, pixels: Pixels) -> None:
+    """Refuse changes that make no sense for these images."""
+    augment, where = experiment.data.augment, experiment.data.uri
+    if augment.band_drop and pixels.channels < 2:
+        raise ConfigError(
+            f"data.augment.band_drop={augment.band_drop:g}: images of {where} give one band, and without it nothing is "
+            "left: leave it out"
+        )
+    width, height = manifest.sizes_px[:2]
+    if augment.rot90 and not experiment.data.size_px and width != height:
+        raise ConfigError(
+            f"data.augment.rot90 turns images of {where} from {width}x{height} to {height}x{width} pixels, and a batch "
+            "needs one size: set data.size_px, or leave it out"
+        )
+
+
 def _batch(experiment: Experiment, manifest: Manifest) -> None:
     train = experiment.train
     share = train.batch // max(1, experiment.scale.workers)
@@ -212,9 +231,14 @@ def _notes(experiment: Experiment, manifest: Manifest, pixels: Pixels) -> list[s
         notes.append("model.freeze without model.weights: what is frozen stays as the seed draws it")
     if not manifest.splits.get("val"):
         notes.append("there is no val split: the best checkpoint is chosen by train/loss")
-    if experiment.train.batch > manifest.splits["train"]:
+    rows = min(manifest.splits["train"], experiment.data.limit or manifest.splits["train"])
+    if rows < manifest.splits["train"]:
+        notes.append(f"data.limit: {rows:,} of {manifest.splits['train']:,} training rows are used")
+    if experiment.data.sampling.balance and experiment.loss.class_weights == "balanced":
+        notes.append("data.sampling.balance and loss.class_weights=balanced both raise rare classes: one is enough")
+    if experiment.train.batch > rows:
         notes.append(
-            f"train.batch={experiment.train.batch} is more than the {manifest.splits['train']} training rows: "
+            f"train.batch={experiment.train.batch} is more than the {rows} training rows: "
             "each epoch is one update, filled up with repeated rows that count nowhere"
         )
     stats = next(iter(manifest.stats.values()), None)

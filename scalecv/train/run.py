@@ -230,7 +230,7 @@ def _run_workers(
         _run_here(experiment, run, path, reader, stop)
         return
     scale, allowed = experiment.scale, sizes(experiment)
-    rows = manifest.splits["train"]
+    rows = min(manifest.splits["train"], experiment.data.limit or manifest.splits["train"])
     steps = math.ceil(rows / experiment.train.batch)
     message = f"{rows:,} rows, about {steps:,} steps in an epoch; Ray and {scale.workers} workers start"
     spool.append(path, {"kind": "progress", "message": message})

@@ -139,6 +139,8 @@ def _setup(
             threads=threads_per_rank(experiment.data.decode_threads, place.ranks_on_node),
             max_bad=experiment.data.max_bad if split == "train" else 0.0,
             decode=experiment.data.decode,
+            sampling=experiment.data.sampling,
+            limit=experiment.data.limit,
         )
         for split, rows in manifest.splits.items()
         if rows

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from scalecv.batches.transforms import DRAWS, augment, draws, resize
+from scalecv.batches import transforms
+from scalecv.batches.transforms import DRAWS, draws, recolour, resize
 from scalecv.config import Augment
 from scalecv.schema import IGNORE
 
@@ -17,6 +18,11 @@ EVERYTHING = Augment(
 def picture(bands=3, size=32, dtype=torch.uint8):
     torch.manual_seed(0)
     return (torch.rand(bands, size, size) * 200).to(dtype)
+
+
+def augment(image, mask, how, u, size_px):
+    image, mask = transforms.move(image, mask, how, u, size_px)
+    return recolour(image, how, u, [100.0] * len(image), [50.0] * len(image)), mask
 
 
 def test_draws_are_frozen_and_uniform():
