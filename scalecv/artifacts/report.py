@@ -16,14 +16,16 @@ def draw(task: Task, checked: Evaluation, classes: tuple[str, ...], to: str, spl
     """Write the pictures and tables of an evaluation below a folder; the events that name them for the tracker."""
     files: dict[str, bytes] = {}
     images: dict[str, bytes] = {}
-    matrix = checked.sums["confusion"].cpu().numpy()
-    files["confusion.png"] = images["confusion"] = pictures.confusion_png(matrix, classes)
-    files["per_class.csv"] = pictures.per_class_csv(matrix, classes)
+    if "confusion" in checked.sums:
+        matrix = checked.sums["confusion"].cpu().numpy()
+        files["confusion.png"] = images["confusion"] = pictures.confusion_png(matrix, classes)
+        files["per_class.csv"] = pictures.per_class_csv(matrix, classes)
+    drawn = task.draw or (lambda samples, names, title: pictures.predictions_png(samples, names, task.name, title))
     if checked.first:
-        images["predictions"] = pictures.predictions_png(checked.first, classes, task.name, f"{split}: first rows")
+        images["predictions"] = drawn(checked.first, classes, f"{split}: first rows")
     if checked.worst:
         worst = [sample for _, sample in checked.worst]
-        images["worst"] = pictures.predictions_png(worst, classes, task.name, f"{split}: highest loss")
+        images["worst"] = drawn(worst, classes, f"{split}: highest loss")
         files["worst.csv"] = _worst_csv(checked, classes)
     events: list[Event] = []
     for name, data in {**files, **{f"{key}.png": data for key, data in images.items()}}.items():

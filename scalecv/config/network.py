@@ -40,6 +40,13 @@ class Loss(Frozen):
     """Weight of 1 - soft IoU, per image."""
     focal: float = Field(0.0, ge=0)
     """Weight of the focal loss."""
+    l1: float = Field(0.0, ge=0)
+    """Weight of the mean absolute difference of images (task=upscale, which takes it alone where no term has a
+    weight)."""
+    charbonnier: float = Field(0.0, ge=0)
+    """Weight of the Charbonnier loss of images, an l1 that is smooth at zero (task=upscale)."""
+    mse: float = Field(0.0, ge=0)
+    """Weight of the mean squared difference of images (task=upscale)."""
     focal_gamma: float = Field(2.0, ge=0)
     """Focusing exponent of the focal loss."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
@@ -55,4 +62,6 @@ class Loss(Frozen):
         return {name: weight for name, weight in every.items() if weight > 0}
 
 
-LOSS_TERMS = ("cross_entropy", "bce", "dice", "jaccard", "focal")
+IMAGE_TERMS = ("l1", "charbonnier", "mse")
+"""Terms that compare images."""
+LOSS_TERMS = ("cross_entropy", "bce", "dice", "jaccard", "focal", *IMAGE_TERMS)

@@ -139,7 +139,8 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], where: str) -> lis
     """Copy the weights that fit by name and shape; returns (and logs) the network's names that did not.
 
     A first convolution for another number of channels is adapted by `adapt_channels`. Names may lack the prefix
-    `encoder.` of a segmentation network, or carry the `module.` of a wrapper; then only that part must fit.
+    `encoder.` of a segmentation network, or carry the `module.` of a wrapper or the `network.` of one behind a stage;
+    then only that part must fit.
     Raises: ConfigError: fewer than half of the parameters fit.
     """
     own = model.state_dict()
@@ -175,6 +176,9 @@ def adapt_channels(weight: Tensor, channels: int) -> Tensor:
 def _best_names(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
     """The part of the network that the names are for, and the weights under its names."""
     plain = {name.removeprefix("module."): value for name, value in state.items()}
+    behind_stage = {name.removeprefix("network."): value for name, value in plain.items()}
+    if sum(name in own for name in behind_stage) > sum(name in own for name in plain):
+        plain = behind_stage
     inner = {f"encoder.{name}": value for name, value in plain.items()}
     if sum(name in own for name in inner) > sum(name in own for name in plain):
         return "encoder.", inner

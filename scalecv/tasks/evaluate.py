@@ -56,7 +56,7 @@ def evaluate(
     classes = len(feed.pixels.classes)
     batches = feed.epoch(0)
     for _, raw in batches:
-        batch = to_device(raw, feed.pixels, device, channels_last)
+        batch = task.prepare(to_device(raw, feed.pixels, device, channels_last))
         logits = model(batch["image"]).float()
         terms = task.losses(logits, batch, loss, class_weights)
         per_sample = weighted(terms, loss.terms() or task.default_loss(classes))
@@ -96,7 +96,7 @@ def _keep(
     if not wanted and not fixed:
         return
     prediction, probability = (t.cpu() for t in task.predict(logits))
-    truth = (batch["mask"] if "mask" in batch else batch["label"]).cpu()
+    truth = batch[task.target].cpu()
     for at in sorted(wanted | set(fixed)):
         sample = Sample(
             image=to_rgb(raw["image"][at].numpy()),

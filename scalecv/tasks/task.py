@@ -1,8 +1,8 @@
 """A task: what the training loop asks of a kind of problem, as a record of functions.
 
 B images, C channels, K classes, H x W pixels. A batch on the device is a mapping: "image" float [B, C, H, W]
-normalised, "label" int64 [B] or "mask" int64 [B, H, W] (IGNORE where not labelled), "valid" bool [B] (False: a row
-that only fills the batch and counts nowhere), "id" list of str, "position" int64 [B].
+normalised, "label" int64 [B], "mask" int64 [B, H, W] (IGNORE where not labelled) or "truth" float [B, C, H, W],
+"valid" bool [B] (False: a row that only fills the batch and counts nowhere), "id" list of str, "position" int64 [B].
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,11 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scalecv.config import Loss
+from scalecv.config import IMAGE_TERMS, Loss
 from scalecv.errors import ConfigError
 from scalecv.models import losses as terms
+from scalecv.tasks.pictures import Sample
 
 Batch = Mapping[str, Any]
+
+
+def as_it_is(batch: Batch) -> dict[str, Any]:
+    """What most tasks do to a batch before the network sees it."""
+    return dict(batch)
 
 
 @dataclass(frozen=True)
@@ -31,18 +37,22 @@ class Task:
     """Key of the batch that holds the truth."""
     default_loss: Callable[[int], dict[str, float]]
     """Terms and weights for K classes where the experiment names none."""
-    outputs: Callable[[int], int]
-    """Channels of the logits for K classes."""
+    outputs: Callable[..., int]
+    """Channels of the logits for (K classes, channels of the images)."""
     check: Callable[[Loss, int], None]
     """Raises ConfigError for terms that do not fit K classes."""
     losses: Callable[[Tensor, Batch, Loss, Tensor | None], dict[str, Tensor]]
     """(logits, batch, loss, class weights) -> each active term, float32 [B], 0 where not valid."""
     score: Callable[[Tensor, Batch], dict[str, Tensor]]
-    """(logits, batch) -> sums that add up: confusion int64 [K, K], rows int64."""
+    """(logits, batch) -> sums that add up, such as confusion int64 [K, K]; rows int64."""
     summarise: Callable[[Mapping[str, Tensor], Sequence[str]], dict[str, float]]
     """(sums, class names) -> metrics by name, without the split."""
     predict: Callable[[Tensor], tuple[Tensor, Tensor]]
-    """logits -> class int64 [B] or [B, H, W], probability float32 [B, K] or [B, K, H, W]."""
+    """logits -> class int64 [B] or [B, H, W], probability float32 [B, K] or [B, K, H, W]; or the image, twice."""
+    prepare: Callable[[Batch], dict[str, Any]] = as_it_is
+    """A batch on the device -> the batch whose "image" the network sees and whose `target` is its truth."""
+    draw: Callable[[Sequence[Sample], Sequence[str], str], bytes] | None = None
+    """(samples, class names, title) -> PNG of what was predicted; None leaves it to `pictures.predictions_png`."""
 
 
 def active_terms(
@@ -55,6 +65,9 @@ def active_terms(
         "dice": lambda: terms.dice(logits, target),
         "jaccard": lambda: terms.jaccard(logits, target),
         "focal": lambda: terms.focal(logits, target, loss.focal_gamma),
+        "l1": lambda: terms.l1(logits, target),
+        "charbonnier": lambda: terms.charbonnier(logits, target),
+        "mse": lambda: terms.mse(logits, target),
     }
     return {name: torch.where(batch["valid"], compute[name](), 0.0) for name in names}
 
@@ -63,3 +76,9 @@ def refuse(loss: Loss, term: str, why: str) -> None:
     """Raises: ConfigError: the loss has a term that does not fit."""
     if term in loss.terms():
         raise ConfigError(f"loss.{term}={getattr(loss, term)} {why}")
+
+
+def refuse_images(loss: Loss) -> None:
+    """Raises: ConfigError: the loss has a term that compares images."""
+    for term in IMAGE_TERMS:
+        refuse(loss, term, "compares images, so it is for task=upscale; leave it out")

@@ -12,9 +12,11 @@ from scalecv.shards.manifest import Manifest
 MEASURES = {
     "classify": ("loss", "accuracy", "macro_accuracy", "f1"),
     "segment": ("loss", "iou", "f1", "accuracy", "macro_accuracy", "precision", "recall"),
+    "upscale": ("loss", "psnr", "ssim"),
 }
 PER_CLASS = ("recall_", "iou_")
 KIND = {"classify": "label", "segment": "mask"}
+"""What rows are labelled with; other tasks look at images alone."""
 SHARDS = 4
 """Logical shards of a global batch where train.exact is set (see exact.py)."""
 
@@ -129,14 +131,16 @@ def _sizes(experiment: Experiment) -> None:
 
 
 def _labels(experiment: Experiment, manifest: Manifest, where: str) -> None:
-    kind = KIND[experiment.task]
-    if manifest.kind != kind:
+    kind = KIND.get(experiment.task)
+    if kind and manifest.kind != kind:
         raise ConfigError(
             f"task={experiment.task} needs rows with a {kind}, {where} has rows with a {manifest.kind}: "
             f"set task={'segment' if manifest.kind == 'mask' else 'classify'}, or ingest with another --layout"
         )
     if not manifest.splits.get("train"):
         raise DataError(f"{where} has no rows in its train split ({_splits(manifest)}): ingest with a train split")
+    if not kind:
+        return
     if len(manifest.classes) < 2:
         raise DataError(
             f"{where} has one class only ({', '.join(manifest.classes) or 'none'}): there is nothing to tell apart; "
@@ -161,6 +165,7 @@ def _batch(experiment: Experiment, manifest: Manifest) -> None:
         raise ConfigError(
             f"train.batch={train.batch} gives each worker one image at a time, and batch normalisation needs two: "
             "set model.norm=group or frozen, or a larger train.batch or train.micro_batch"
+            + ("; train.micro_batch=auto and train.recompute=true make room" if experiment.upscale.factor > 1 else "")
         )
     if train.metric and not train.metric.startswith(("val/", "train/")):
         raise ConfigError(f"train.metric={train.metric}: expected a name such as val/accuracy or val/iou")

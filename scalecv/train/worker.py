@@ -1,5 +1,6 @@
 """What one training process does: build, resume, train, evaluate, leave a bundle and pictures."""
 
+import math
 import os
 import socket
 import threading
@@ -11,6 +12,7 @@ import torch
 from torch import distributed as dist
 
 from scalecv import storage
+from scalecv.artifacts import bundle
 from scalecv.artifacts.provenance import worker_facts
 from scalecv.batches.feed import Feed, threads_per_rank
 from scalecv.batches.pixels import Pixels, pixels_of
@@ -20,13 +22,15 @@ from scalecv.errors import ConfigError
 from scalecv.models import build_model, required_multiple
 from scalecv.models.losses import balanced_weights
 from scalecv.models.recompute import recompute_blocks
+from scalecv.models.upscalers import factor_of
 from scalecv.shards.store import Dataset, open_dataset
-from scalecv.tasks import TASKS
+from scalecv.tasks import task_for
 from scalecv.tasks.task import Task
-from scalecv.train import checkpoint, exact, loop
+from scalecv.train import checkpoint, exact, loop, upscaler
 from scalecv.train.finish import finish
 from scalecv.train.job import Job, Place
 from scalecv.train.loop import Event, Setup, State
+from scalecv.train.memory import keep_freed
 from scalecv.train.optim import build_optimizer
 from scalecv.train.requests import Requests, Stopped
 from scalecv.train.saving import Saver, call_of, facts_of, from_rank_0, restore
@@ -73,16 +77,18 @@ def _work(
     experiment = job.experiment
     fixed = 1 if experiment.train.exact else None
     torch.set_num_threads(threads_per_rank(experiment.train.threads or fixed, place.ranks_on_node))
+    if place.device == "cpu":
+        keep_freed()
     if experiment.train.exact:
         exact.use_fixed_kernels(place.device)
     dataset = open_dataset(experiment.data.uri, job.dataset_version, experiment.cache)
-    task = TASKS[experiment.task]
     pixels = pixels_of(dataset.manifest, experiment.data, experiment.data.uri)
+    task = task_for(experiment.task, pixels, experiment.model.arch, experiment.model.args)
     setup = _setup(job, place, dataset, task, pixels, report, requests, watchdog)
     state, notes = _start(setup, job, place, pixels)
     if experiment.cache.dir and dataset.cache is None:
         notes.append(f"cache.dir is not used: {dataset.uri} lies on a disk, not in a bucket")
-    facts = worker_facts(place.ranks, place.device, state.updates)
+    facts = worker_facts(place.ranks, place.device, state.updates) | upscaler.tags(setup.upscale)
     said: list[Event] = [{"kind": "progress", "message": note} for note in notes]
     report([_processes(), {"kind": "tags", "tags": facts}, *said, *state.recent])  # known points are not sent twice
     status = loop.fit(setup, state)
@@ -148,8 +154,10 @@ def _setup(
     metric = experiment.train.metric or (f"val/{task.headline}" if "val" in feeds else "train/loss")
     larger = not metric.endswith("loss")
 
+    upscale = upscaler.find(experiment)
+
     def about(state: State) -> dict[str, Any]:
-        return facts_of(job, dataset, pixels, state)
+        return facts_of(job, dataset, pixels, state, upscale)
 
     return Setup(
         experiment=experiment,
@@ -167,6 +175,7 @@ def _setup(
         saver=Saver(job.run, experiment.track.keep, place.rank, about, requests, watchdog.tick, larger=larger),
         requests=requests,
         watchdog=watchdog,
+        upscale=upscale,
     )
 
 
@@ -189,11 +198,14 @@ def _start(setup: Setup, job: Job, place: Place, pixels: Pixels) -> tuple[State,
         **call_of(experiment, setup.task, pixels).model_dump(),
         weights=experiment.model.weights,
         allow_import=job.allow_import,
-    ).to(setup.device)
+    )
     if train.exact:
         exact.check(model)
     if train.recompute:
         recompute_blocks(model, experiment.model.arch)
+    if setup.upscale:
+        model = upscaler.behind(setup.upscale, experiment.upscale, pixels, model, allow_import=job.allow_import)
+    model = model.to(setup.device)
     if train.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if train.precision == "fp16" and setup.device.type == "cpu":
@@ -209,6 +221,7 @@ def _start(setup: Setup, job: Job, place: Place, pixels: Pixels) -> tuple[State,
         hangs = storage.list_names(storage.join(job.run, "stacks"))
         notes += [f"a process of this run hung before; its stacks are in {job.run}/stacks"] if hangs else []
     if found:
+        upscaler.check_same(setup.upscale, bundle.read_facts(found.uri).upscale)
         restore(state, parts or checkpoint.read(found), place.rank, keep_threads=not (train.threads or train.exact))
         notes.append(f"goes on in epoch {state.epoch + 1} after step {state.step} ({found.uri})")
     network: torch.nn.Module = model
@@ -224,13 +237,18 @@ def _start(setup: Setup, job: Job, place: Place, pixels: Pixels) -> tuple[State,
 
 
 def _check_size(experiment: Experiment, pixels: Pixels, sizes_px: tuple[int, int, int, int]) -> None:
-    """Refuse images that a segmentation network cannot halve often enough."""
+    """Refuse images that a segmentation network cannot halve often enough, or that cannot be reduced evenly."""
     model = experiment.model
     multiple = required_multiple(model.arch, model.encoder, model.args)
+    if experiment.task == "upscale":
+        multiple = math.lcm(multiple, factor_of(model.arch, model.args))
     sides = (pixels.size_px, pixels.size_px) if pixels.size_px else sizes_px[:2]
-    if any(side % multiple for side in sides):
-        fits = max(multiple, round(sides[0] / multiple) * multiple)
+    factor = experiment.upscale.factor
+    if any(side * factor % multiple for side in sides):
+        step = multiple // math.gcd(multiple, factor)
+        fits = max(step, round(sides[0] / step) * step)
+        larger = f" enlarged {factor} times" if factor > 1 else ""
         raise ConfigError(
             f"images have {sides[0]}x{sides[1]} pixels, and {model.arch} with {model.encoder} needs multiples of "
-            f"{multiple}: set data.size_px={fits}"
+            f"{multiple}{larger}: set data.size_px={fits}"
         )
