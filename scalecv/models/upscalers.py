@@ -16,6 +16,10 @@ from scalecv.errors import ConfigError, nearest
 ARCHITECTURES = {"espcn": {"width": 64, "blocks": 1, "factor": 2}, "edsr": {"width": 32, "blocks": 4, "factor": 2}}
 """Name -> its arguments and their defaults."""
 FACTORS = (2, 4)
+SLOPE = 0.1
+"""Of activations below zero: with none, a first large step switched every one off for good."""
+ADDED = 0.1
+"""What is learnt is added by this share: it is small against a normalised image, and an optimiser's steps are not."""
 MOST = 1024
 """Largest width and number of blocks."""
 
@@ -38,16 +42,16 @@ class Espcn(nn.Module):
         """`blocks` convolutions of `width` channels stand between the first and the last."""
         super().__init__()
         self.factor = factor
-        layers: list[nn.Module] = [nn.Conv2d(channels, width, 5, padding=2), nn.ReLU(inplace=True)]
+        layers: list[nn.Module] = [nn.Conv2d(channels, width, 5, padding=2), nn.LeakyReLU(SLOPE, inplace=True)]
         for _ in range(blocks):
-            layers += [nn.Conv2d(width, width, 3, padding=1), nn.ReLU(inplace=True)]
+            layers += [nn.Conv2d(width, width, 3, padding=1), nn.LeakyReLU(SLOPE, inplace=True)]
         self.body = nn.Sequential(*layers)
         self.last = _from_zero(nn.Conv2d(width, channels * factor**2, 3, padding=1))
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, C, h, w] to [B, C, f*h, f*w]."""
         added = functional.pixel_shuffle(self.last(self.body(images)), self.factor)
-        return bicubic(images, self.factor) + added
+        return bicubic(images, self.factor) + ADDED * added
 
 
 class Residual(nn.Module):
@@ -79,7 +83,7 @@ class Edsr(nn.Module):
         """[B, C, h, w] to [B, C, f*h, f*w]."""
         features = self.first(images)
         added = functional.pixel_shuffle(self.last(features + self.body(features)), self.factor)
-        return bicubic(images, self.factor) + added
+        return bicubic(images, self.factor) + ADDED * added
 
 
 def upscaler(
