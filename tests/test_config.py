@@ -35,7 +35,7 @@ def test_defaults_and_overrides():
         ({"train.batchs": 3}, ["unknown key 'train.batchs'", "did you mean 'train.batch'"]),
         ({"train.weights": 3}, ["unknown key 'train.weights'"]),
         ({"lr": 3}, ["unknown key 'lr'", "train.lr"]),
-        ({"task": "clasify"}, ["task='clasify'", "'classify' or 'segment'"]),
+        ({"task": "clasify"}, ["task='clasify'", "'classify', 'segment' or 'upscale'"]),
         ({"train.batch": "many"}, ["train.batch='many'", "integer"]),
         ({"train.batch": 7, "scale.workers": 2}, ["train.batch=7", "scale.workers=2", "6 or 8"]),
         ({"train.batch": 64, "train.micro_batch": 5}, ["train.micro_batch=5", "64 images"]),

@@ -56,11 +56,31 @@ class PixelFacts(Frozen):
     std: tuple[float, ...]
     mask_values: tuple[int, ...] = ()
     mask_ignore: int | None = None
+    span: tuple[float, ...] = ()
 
     @model_validator(mode="after")
     def _fits(self) -> "PixelFacts":
         if not len(self.mean) == len(self.std) == self.channels:
             raise ValueError(f"{len(self.mean)} means and {len(self.std)} deviations for {self.channels} channels")
+        return self
+
+
+class UpscaleFacts(Frozen):
+    """How images are enlarged before the network sees them; the weights of a network that does it are in the bundle."""
+
+    method: Literal["bicubic", "sr"]
+    factor: Literal[2, 4]
+    call: Call | None = None
+    """The arguments that build the network of sr."""
+    pixels: PixelFacts | None = None
+    """What it was trained on."""
+    weights_hash: str | None = None
+    """Of its own bundle."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> "UpscaleFacts":
+        if self.method == "sr" and not (self.call and self.pixels and self.weights_hash):
+            raise ValueError("sr needs call, pixels and weights_hash of its network")
         return self
 
 
@@ -78,9 +98,11 @@ class Facts(Frozen):
     format: int = FORMAT
     scalecv: str
     name: str
-    task: Literal["classify", "segment"]
+    task: Literal["classify", "segment", "upscale"]
     call: Call
     pixels: PixelFacts
+    upscale: UpscaleFacts | None = None
+    """The stage before the network, where there is one."""
     classes: tuple[str, ...]
     data: DataFacts
     loss: dict[str, float | str | None] = {}
@@ -197,10 +219,14 @@ def open_bundle(uri: str, *, allow_import: bool = False) -> Bundle:
     from scalecv.models import build_model
 
     facts = read_facts(uri)
-    _check_arguments(uri, facts.call)
+    for call in (facts.call, facts.upscale.call if facts.upscale else None):
+        if call:
+            _check_arguments(uri, call)
     weights = read_weights(uri, facts)
     try:
         model = build_model(**facts.call.model_dump(), allow_import=allow_import)
+        if facts.upscale:
+            model = behind(facts.upscale, facts.pixels, model, allow_import=allow_import)
         missing, unexpected = model.load_state_dict(weights, strict=False)
     except (RuntimeError, MemoryError) as error:  # another shape, or a size that no machine has
         raise IntegrityError(
@@ -212,6 +238,29 @@ def open_bundle(uri: str, *, allow_import: bool = False) -> Bundle:
             "the library that builds it may have changed since"
         )
     return Bundle(uri, facts, model.eval())
+
+
+def behind(
+    stage: UpscaleFacts, pixels: PixelFacts, network: "torch.nn.Module", *, allow_import: bool = False
+) -> "torch.nn.Module":
+    """A network behind the stage that enlarges its images; weights of a network that does it are not loaded yet.
+
+    Args:
+        stage: what enlarges.
+        pixels: how the images that come are normalised.
+        network: sees the larger ones.
+        allow_import: let a stage whose network is the user's own function import it.
+    """
+    from scalecv.models import build_model
+    from scalecv.models.enlarged import Bicubic, Enlarged, SuperResolution
+    from scalecv.models.upscalers import factor_of
+
+    if stage.call is None or stage.pixels is None:
+        return Enlarged(network, Bicubic(stage.factor), stage.factor)
+    times = 2 if stage.factor == factor_of(stage.call.arch, stage.call.args) ** 2 else 1
+    larger = build_model(**stage.call.model_dump(), allow_import=allow_import)
+    ours, its = ((facts.mean, facts.std) for facts in (pixels, stage.pixels))
+    return Enlarged(network, SuperResolution(larger, times, ours, its), stage.factor)
 
 
 def _check_arguments(uri: str, call: Call) -> None:

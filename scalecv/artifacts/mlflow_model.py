@@ -43,7 +43,7 @@ class ImageModel:
         Args:
             images: uint8 or float32 [B, H, W, C] or [B, C, H, W], in the value range of the training images.
             params: not used; MLflow passes it.
-        Returns: float32 [B, K], for segmentation [B, K, H, W].
+        Returns: float32 [B, K], for segmentation [B, K, H, W], for upscaling the larger images [B, C, H, W].
         Raises: DataError: another shape or number of channels.
         """
         import numpy as np
@@ -52,6 +52,8 @@ class ImageModel:
         batch = torch.from_numpy(np.ascontiguousarray(self._channels_first(np.asarray(images))))
         with torch.inference_mode():
             logits = self.bundle.model(self._normalised(batch))
+        if self.bundle.facts.task == "upscale":
+            return self._in_units(logits).numpy()
         if logits.shape[1] == 1:
             return torch.sigmoid(logits).float().numpy()
         return torch.softmax(logits.float(), dim=1).numpy()
@@ -69,11 +71,18 @@ class ImageModel:
         )
 
     def _normalised(self, batch: Any) -> Any:
+        mean, std = self._moments()
+        return (batch.float() - mean) / std
+
+    def _in_units(self, images: Any) -> Any:
+        mean, std = self._moments()
+        return images.float() * std + mean
+
+    def _moments(self) -> Any:
         import torch
 
         seen = self.bundle.facts.pixels
-        mean, std = (torch.tensor(v, dtype=torch.float32)[:, None, None] for v in (seen.mean, seen.std))
-        return (batch.float() - mean) / std
+        return (torch.tensor(v, dtype=torch.float32)[:, None, None] for v in (seen.mean, seen.std))
 
 
 def _load_pyfunc(path: str) -> ImageModel:

@@ -30,13 +30,14 @@ def draw(
         step: of the tracker's pictures.
         key: what their names begin with there; empty takes the split.
     """
-    matrix = checked.sums["confusion"].cpu().numpy()
-    files = {"per_class.csv": pictures.per_class_csv(matrix, classes)}
-    headline = numbers.mean_iou(torch.from_numpy(matrix)) if task.headline == "iou" else None
-    images = {
-        "confusion": pictures.confusion_png(matrix, classes, iou=headline),
-        **_images(task, checked, classes, split),
-    }
+    files: dict[str, bytes] = {}
+    images: dict[str, bytes] = {}
+    if "confusion" in checked.sums:
+        matrix = checked.sums["confusion"].cpu().numpy()
+        files["per_class.csv"] = pictures.per_class_csv(matrix, classes)
+        headline = numbers.mean_iou(torch.from_numpy(matrix)) if task.headline == "iou" else None
+        images["confusion"] = pictures.confusion_png(matrix, classes, iou=headline)
+    images |= _images(task, checked, classes, split)
     if checked.worst:
         files["worst.csv"] = _worst_csv(checked, classes)
     events: list[Event] = []
@@ -66,9 +67,10 @@ def _images(task: Task, checked: Evaluation, classes: tuple[str, ...], title: st
     shown = {"predictions": (checked.first, "first rows"), "worst": (worst, "highest loss")}
     if task.target == "mask":
         shown["best"] = (best, "lowest loss, with foreground")
+    drawn = task.draw or (lambda samples, names, title: pictures.predictions_png(samples, names, task.name, title))
     for name, (samples, what) in shown.items():
         if samples:
-            images[name] = pictures.predictions_png(samples, classes, task.name, f"{title}: {what}")
+            images[name] = drawn(samples, classes, f"{title}: {what}")
     if "probabilities" in checked.sums:
         images |= curves_of_two(checked.sums["probabilities"], checked.threshold, title)
     return images

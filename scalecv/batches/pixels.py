@@ -30,6 +30,8 @@ class Pixels:
     classes: tuple[str, ...]
     mask_values: tuple[int, ...] = ()
     mask_ignore: int | None = None
+    span: tuple[float, ...] = ()
+    """Largest less smallest value per channel over the training split; empty in bundles of older releases."""
     augment: Augment = field(default_factory=Augment)
 
 
@@ -83,8 +85,19 @@ def pixels_of(manifest: Manifest, data: Data, where: str) -> Pixels:
         classes=manifest.classes,
         mask_values=manifest.mask_values,
         mask_ignore=manifest.mask_ignore,
+        span=_span(manifest, color, data.bands),
         augment=data.augment,
     )
+
+
+def _span(manifest: Manifest, color: str, bands: tuple[int, ...] | None) -> tuple[float, ...]:
+    """Range of the values per channel; that of 8 bits where photographs become rgb or gray."""
+    if color != "native":
+        span = (255.0,) * (1 if color == "gray" else 3)
+    else:
+        (stats,) = manifest.stats.values()
+        span = tuple(high - low for low, high in zip(stats.min, stats.max, strict=True))
+    return tuple(span[band - 1] for band in bands) if bands else span
 
 
 def _moments(manifest: Manifest, color: str, where: str) -> tuple[np.ndarray, np.ndarray]:

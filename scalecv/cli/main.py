@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from scalecv.cli import bands, data, experiments, operations, predictions, records
+from scalecv.cli import bands, bench, data, experiments, operations, predictions, records
 from scalecv.cli.output import clean_streams, has_printed, keep_stdout_for_json, print_json
 from scalecv.errors import ScalecvError
 
@@ -33,7 +33,7 @@ app.add_typer(data.app, name="data")
 app.command()(experiments.config)
 app.command()(experiments.schema)
 app.command()(operations.doctor)
-app.command()(operations.bench)
+app.add_typer(bench.app, name="bench")
 app.command()(operations.chaos)
 app.command()(operations.ui)
 app.command()(operations.sync)

@@ -51,32 +51,12 @@ def _why_slow(path: str, pairs: list[str], attempt: str | None, seconds: float, 
     config.load(path, {**given, **(tried or {})})  # what is wrong with it is told before torch is imported
     from scalecv.speed.advice import advise
 
-    speeds, advice = advise(path, given, attempt=tried, seconds=seconds, tell=_tell)
+    speeds, advice = advise(path, given, attempt=tried, seconds=seconds, tell=tell_line)
     if as_json:
         told = {**asdict(advice), "helps": advice.helps} if advice else None
         print_json({**asdict(speeds), "advice": told})
         return
     for line in [*speeds.lines(), advice.line() if advice else "nothing to try: no change is known that fits"]:
-        sys.stdout.write(line + "\n")
-
-
-def bench(
-    experiment: Annotated[str, typer.Argument(metavar="EXPERIMENT", help="Experiment file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys to set.")] = None,
-    seconds: Annotated[float, typer.Option(min=0.5, help="Seconds for each part.")] = 5.0,
-    as_json: Json = False,
-) -> None:
-    """Measure an experiment's parts on this machine: reading, decoding, the feed, the network, training."""
-    from scalecv import config
-
-    resolved = config.load(experiment, config.parse_overrides(overrides or []))
-    from scalecv.speed.parts import measure
-
-    speeds = measure(resolved, seconds, tell=_tell)
-    if as_json:
-        print_json(asdict(speeds))
-        return
-    for line in speeds.lines():
         sys.stdout.write(line + "\n")
 
 
@@ -110,18 +90,19 @@ def chaos(
         folder=folder,
         seed=seed,
         rounds=rounds,
-        tell=_tell,
+        tell=tell_line,
     )
     if as_json:
         print_json({**asdict(report), "passed": report.passed, "share_done_once": report.share_done_once})
     else:
         for line in report.lines():
-            _tell(line)
+            tell_line(line)
     if not report.passed:
         raise typer.Exit(1)
 
 
-def _tell(line: str) -> None:
+def tell_line(line: str) -> None:
+    """A line of progress on stderr."""
     sys.stderr.write(line + "\n")
     sys.stderr.flush()
 

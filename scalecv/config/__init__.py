@@ -9,11 +9,13 @@ from scalecv.config.data import Augment, Cache, Data, Sampling
 from scalecv.config.experiment import Experiment
 from scalecv.config.files import build, dump, flatten, json_schema, load, origins, parse_overrides, read, with_overrides
 from scalecv.config.frozen import Frozen, Scalar
-from scalecv.config.network import LOSS_TERMS, Loss, Model
+from scalecv.config.network import IMAGE_TERMS, LOSS_TERMS, Loss, Model
 from scalecv.config.text import parse_yaml
 from scalecv.config.training import Scale, Track, Train
+from scalecv.config.upscale import Upscale
 
 __all__ = [
+    "IMAGE_TERMS",
     "LOSS_TERMS",
     "Augment",
     "Cache",
@@ -27,6 +29,7 @@ __all__ = [
     "Scale",
     "Track",
     "Train",
+    "Upscale",
     "build",
     "dump",
     "flatten",

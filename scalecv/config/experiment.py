@@ -10,6 +10,7 @@ from scalecv.config.data import Cache, Data
 from scalecv.config.frozen import Frozen
 from scalecv.config.network import Loss, Model
 from scalecv.config.training import Scale, Track, Train
+from scalecv.config.upscale import Upscale
 
 
 class Experiment(Frozen):
@@ -19,12 +20,14 @@ class Experiment(Frozen):
     """Name of the run; the same name goes on with the same run."""
     question: str = ""
     """What the experiment is to find out."""
-    task: Literal["classify", "segment"]
+    task: Literal["classify", "segment", "upscale"]
     """Kind of problem."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed of order, augmentation and starting weights."""
     data: Data
     """Which dataset, and how its images become tensors."""
+    upscale: Upscale = Upscale()
+    """Whether the network sees its images enlarged."""
     model: Model
     """Which network."""
     loss: Loss = Loss()
@@ -58,6 +61,8 @@ class Experiment(Frozen):
             )
         if self.data.augment.resized_crop and not self.data.size_px:
             raise ValueError("data.augment.resized_crop needs data.size_px, the size to resize to")
+        if self.task == "upscale" and self.upscale.factor > 1:
+            raise ValueError("upscale.factor is a stage before another task; task=upscale takes model.args.factor")
         return self
 
     def identity(self) -> str:

@@ -83,6 +83,13 @@ class Loss(Frozen):
     classes."""
     focal: float = Field(0.0, ge=0)
     """Weight of the focal loss."""
+    l1: float = Field(0.0, ge=0)
+    """Weight of the mean absolute difference of images (task=upscale, which takes it alone where no term has a
+    weight)."""
+    charbonnier: float = Field(0.0, ge=0)
+    """Weight of the Charbonnier loss of images, an l1 that is smooth at zero (task=upscale)."""
+    mse: float = Field(0.0, ge=0)
+    """Weight of the mean squared difference of images (task=upscale)."""
     focal_gamma: float = Field(2.0, ge=0)
     """Focusing exponent of the focal loss."""
     focal_alpha: float | None = Field(None, ge=0, le=1)
@@ -127,7 +134,12 @@ class Loss(Frozen):
         return {name: weight for name, weight in every.items() if weight > 0}
 
 
-LOSS_TERMS = ("cross_entropy", "bce", "dice", "jaccard", "tversky", "lovasz", "pos_neg_iou", "focal")
+IMAGE_TERMS = ("l1", "charbonnier", "mse")
+"""Terms that compare images."""
+LOSS_TERMS = (
+    *("cross_entropy", "bce", "dice", "jaccard", "tversky", "lovasz", "pos_neg_iou", "focal"),
+    *IMAGE_TERMS,
+)
 MIXTURES: dict[str, dict[str, Scalar]] = {
     "bce_focal_neg_iou": {
         "bce": 0.3,

@@ -1,4 +1,5 @@
-"""Networks by name: every builder returns logits, [B, K] for classification, [B, K, H, W] for segmentation.
+"""Networks by name: every builder returns logits, [B, K] for classification, [B, K, H, W] for segmentation, and
+larger images [B, C, f*H, f*W] for upscaling.
 
 `MODELS` holds the names with a builder of their own. Besides them stand torchvision's classification
 networks by their names, `timm/NAME`, and one's own as `package.module:function`, which is imported only
@@ -13,7 +14,7 @@ from typing import Any, Literal
 from torch import nn
 
 from scalecv.errors import ConfigError
-from scalecv.models import classifiers, segmenters
+from scalecv.models import classifiers, segmenters, upscalers
 from scalecv.models.norms import change_norm
 
 Scalar = bool | int | float | str | None
@@ -23,6 +24,7 @@ Builder = Callable[..., nn.Module]
 MODELS: dict[str, Builder] = {
     "resnet10": classifiers.resnet10,
     **{arch: partial(segmenters.segmenter, arch) for arch in segmenters.ARCHITECTURES},
+    **{arch: partial(upscalers.upscaler, arch) for arch in upscalers.ARCHITECTURES},
 }
 
 
@@ -79,10 +81,12 @@ def find_builder(arch: str, *, allow_import: bool = False) -> Builder:
     return build
 
 
-def task_of(arch: str) -> Literal["classify", "segment"] | None:
+def task_of(arch: str) -> Literal["classify", "segment", "upscale"] | None:
     """The task whose logits a network gives; None where only its author knows (package.module:function)."""
     if ":" in arch:
         return None
+    if arch in upscalers.ARCHITECTURES:
+        return "upscale"
     return "segment" if arch in segmenters.ARCHITECTURES else "classify"
 
 

@@ -3,8 +3,8 @@
 B samples, K classes, H x W pixels. Every term takes logits and a target and returns float32 [B], computed in
 float32 also under autocast (float64 logits stay float64). Classification: logits [B, K], target int64 [B].
 Segmentation: logits [B, K, H, W], or [B, 1, H, W] for two classes, target int64 [B, H, W]. Pixels marked
-IGNORE count nowhere; a sample without labelled pixels gives 0. The caller takes
-sum(valid * loss) / (valid samples over all ranks and accumulation steps).
+IGNORE count nowhere; a sample without labelled pixels gives 0. Upscaling: images and truth [B, C, H, W]. The caller
+takes sum(valid * loss) / (valid samples over all ranks and accumulation steps).
 """
 
 from collections.abc import Mapping, Sequence
@@ -110,6 +110,21 @@ def lovasz(logits: Tensor, target: Tensor) -> Tensor:
         errors = torch.where(truth, 1 - p[:, place].flatten(1), p[:, place].flatten(1))
         each.append(torch.where(there[:, place], _lovasz(errors, truth, labelled), 0.0))
     return torch.stack(each, 1).sum(1) / there.sum(1).clamp_min(1)
+
+
+def l1(images: Tensor, truth: Tensor) -> Tensor:
+    """Mean absolute difference of two images [C, H, W] each."""
+    return (_full(images) - truth).abs().flatten(1).mean(1)
+
+
+def charbonnier(images: Tensor, truth: Tensor) -> Tensor:
+    """Mean of sqrt(difference^2 + 1e-6): l1 with a gradient at zero (Charbonnier et al. 1994)."""
+    return ((_full(images) - truth).square() + 1e-6).sqrt().flatten(1).mean(1)
+
+
+def mse(images: Tensor, truth: Tensor) -> Tensor:
+    """Mean squared difference of two images."""
+    return (_full(images) - truth).square().flatten(1).mean(1)
 
 
 def weighted(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:

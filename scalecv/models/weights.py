@@ -159,7 +159,8 @@ def load_state(
     """Copy weights by name and shape; says (and logs) what was taken and what was left.
 
     The layer that takes the image is adapted to its number of bands by `adapt_channels`. Names may be those of an
-    encoder alone, of a network that has this one as its encoder, or carry the `module.` of a wrapper.
+    encoder alone, of a network that has this one as its encoder, or carry the `module.` of a wrapper or the
+    `network.` of one behind a stage that enlarges.
 
     Args:
         model: changed in place.
@@ -230,6 +231,9 @@ def _takes_image(value: Tensor, own: Tensor, bands: tuple[int, int]) -> bool:
 def _best_names(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
     """The part of the network that the names are for, and the weights under its names."""
     plain = {name.removeprefix("module."): value for name, value in state.items()}
+    behind_stage = {name.removeprefix("network."): value for name, value in plain.items()}
+    if sum(name in own for name in behind_stage) > sum(name in own for name in plain):
+        plain = behind_stage
     found = ("", plain)
     for add in ("encoder.", "encoder.model."):
         inner = {f"{add}{name}": value for name, value in plain.items()}

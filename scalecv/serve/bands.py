@@ -87,13 +87,14 @@ def rank_bands(
     import torch
 
     from scalecv.batches.feed import Feed
-    from scalecv.tasks import TASKS
+    from scalecv.tasks import task_for
 
     opened = bundle.open_bundle(tracking.lookup(model), allow_import=allow_import)
     dataset = open_dataset(dataset_uri)
     check(opened, dataset.manifest, dataset_uri, split)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    task, pixels = TASKS[opened.facts.task], opened.pixels()
+    pixels = opened.pixels()
+    task = task_for(opened.facts.task, pixels, opened.facts.call.arch, opened.facts.call.args)
     network = opened.model.to(device)
     feed = Feed(dataset, split, pixels, batch, seed=seed, is_training=True, threads=os.cpu_count() or 1)
     scores: list[dict[str, float]] = []

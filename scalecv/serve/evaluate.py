@@ -68,13 +68,13 @@ def evaluate(
 
     from scalecv.batches.feed import Feed
     from scalecv.batches.plan import order_hash
-    from scalecv.tasks import TASKS
     from scalecv.tasks import evaluate as scoring
+    from scalecv.tasks import task_for
 
     opened = bundle.open_bundle(tracking.lookup(model), allow_import=allow_import)
     dataset = open_dataset(dataset_uri, version)
     check(opened, dataset.manifest, dataset_uri, split)
-    task = TASKS[opened.facts.task]
+    task = task_for(opened.facts.task, opened.pixels(), opened.facts.call.arch, opened.facts.call.args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     feed = Feed(dataset, split, opened.pixels(), batch, threads=os.cpu_count() or 1)
     tell({"kind": "progress", "message": f"scoring {dataset.manifest.splits[split]:,} rows of {split} on {device}"})
@@ -119,8 +119,8 @@ def check(opened: bundle.Bundle, manifest: Any, where: str, split: str) -> None:
     Raises: DataError: bands, kind, classes or split do not fit.
     """
     facts = opened.facts
-    kind = {"classify": "label", "segment": "mask"}[facts.task]
-    if manifest.kind != kind:
+    kind = {"classify": "label", "segment": "mask"}.get(facts.task)
+    if kind and manifest.kind != kind:
         raise DataError(
             f"{opened.uri} is a model for task={facts.task}, {where} has rows with a {manifest.kind}, not a {kind}"
         )
@@ -128,7 +128,7 @@ def check(opened: bundle.Bundle, manifest: Any, where: str, split: str) -> None:
         known = [name for name, rows in manifest.splits.items() if rows]
         raise DataError(f"{where} has no split '{split}'{nearest(split, known)}; it has {', '.join(known)}")
     strange = [c for c in manifest.class_counts.get(split, {}) if c not in facts.classes]
-    if strange:
+    if kind and strange:
         raise DataError(
             f"{where}: {split} has classes that the model does not know: {', '.join(strange[:5])}; it knows "
             f"{', '.join(facts.classes[:8])}{' …' if len(facts.classes) > 8 else ''}"

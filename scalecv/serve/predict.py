@@ -89,6 +89,11 @@ def predict(
     source, to = storage.absolute(source), storage.absolute(to)
     uri = tracking.lookup(model)
     facts = bundle.read_facts(uri)
+    if facts.task == "upscale":
+        raise ConfigError(
+            f"{model} is a model for task=upscale: predict takes classify and segment; score it with scalecv evaluate, "
+            "or name it as upscale.model of another experiment"
+        )
     is_dataset = bool(store.versions(source))
     opened = store.open_dataset(source, version) if is_dataset else None
     version = opened.version if opened else None

@@ -25,12 +25,19 @@ class Trial:
     seconds: dict[str, float]
     """Of one step, by part: wait, transfer, compute, sync, optimizer."""
     steps: int
+    micro_batch: int = 0
+    """Images at a time, where the run had to find it."""
 
 
-def run(experiment: Experiment, dataset: Dataset, seconds: float) -> Trial:
+def run(experiment: Experiment, dataset: Dataset, seconds: float, least: int = 3) -> Trial:
     """Train for some seconds from the start, in a folder that is thrown away; nothing is recorded.
 
-    Raises: ScalecvError: the time was over before three steps were done.
+    Args:
+        experiment: what to train; each of its workers' share, in this process.
+        dataset: its own.
+        seconds: of the steps that count.
+        least: steps that count, however long they take.
+    Raises: ScalecvError: no step could be measured.
     """
     import torch
 
@@ -51,15 +58,16 @@ def run(experiment: Experiment, dataset: Dataset, seconds: float) -> Trial:
     device = "cuda" if experiment.scale.gpu != "no" and torch.cuda.is_available() else "cpu"
     steps: list[tuple[int, dict[str, float]]] = []
     stop = threading.Event()
-    until = [float("inf")]
+    until, micro = [float("inf")], [0]
 
     def hear(events: list[dict[str, Any]]) -> None:
         for event in events:
+            micro[0] = int(event.get("metrics", {}).get("system/micro_batch", micro[0]))
             if event["kind"] == "progress" and "step" in event:
                 steps.append((event["step"], event["metrics"]))
                 if len(steps) == WARM_STEPS:
                     until[0] = time.monotonic() + seconds
-        if time.monotonic() > until[0] and len(steps) > WARM_STEPS + 2:
+        if time.monotonic() > until[0] and len(steps) >= WARM_STEPS + least:
             stop.set()
 
     threads = torch.get_num_threads()
@@ -77,7 +85,7 @@ def run(experiment: Experiment, dataset: Dataset, seconds: float) -> Trial:
     waited = sum(told["system/data_wait_share"] * s for told, s in zip(counted, took, strict=True))
     parts = {part: sum(told.get(f"time/{part}_s", 0.0) for told in counted) / len(counted) for part in PARTS}
     parts["wait"] = waited / len(counted)
-    return Trial(batch * len(counted) / sum(took), waited / sum(took), parts, len(counted))
+    return Trial(batch * len(counted) / sum(took), waited / sum(took), parts, len(counted), micro[0])
 
 
 def one_worker(experiment: Experiment) -> Experiment:

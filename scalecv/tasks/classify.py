@@ -8,7 +8,7 @@ from torch import Tensor
 from scalecv.config import Loss
 from scalecv.metrics import binned
 from scalecv.metrics import confusion as numbers
-from scalecv.tasks.task import Batch, Task, active_terms, refuse, two_classes_alone
+from scalecv.tasks.task import Batch, Task, active_terms, refuse, refuse_images, two_classes_alone
 from scalecv.tasks.tell import each_class
 
 
@@ -17,13 +17,14 @@ def default_loss(classes: int) -> dict[str, float]:
     return {"cross_entropy": 1.0}
 
 
-def outputs(classes: int) -> int:
+def outputs(classes: int, channels: int = 0) -> int:
     """One logit per class."""
     return classes
 
 
 def check(loss: Loss, classes: int) -> None:
     """Raises: ConfigError: a term for pixels, or one for two classes where there are more."""
+    refuse_images(loss)
     for term in ("dice", "jaccard", "tversky", "lovasz", "pos_neg_iou"):
         refuse(loss, term, "compares areas, so it is for task=segment; use loss.cross_entropy")
     two_classes_alone(loss, classes, ("bce",))

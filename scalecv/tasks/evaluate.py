@@ -79,7 +79,7 @@ def evaluate(
     classes = len(feed.pixels.classes)
     batches = feed.epoch(0)
     for _, raw in batches:
-        batch = to_device(raw, feed.pixels, device, channels_last)
+        batch = task.prepare(to_device(raw, feed.pixels, device, channels_last))
         logits = model(batch["image"]).float()
         terms = task.losses(logits, batch, loss, class_weights)
         per_sample = weighted(terms, loss.terms() or task.default_loss(classes))
@@ -113,7 +113,8 @@ def _keep(
     """Hold on to the first rows, to those with the highest loss, and to those with the lowest."""
     losses = torch.where(batch["valid"], per_sample, -torch.inf).cpu()
     truth = batch[task.target].cpu()
-    is_shown = (truth > 0).flatten(1).any(1) if truth.ndim > 1 else torch.ones_like(losses, dtype=torch.bool)
+    is_mask = truth.ndim == 3
+    is_shown = (truth > 0).flatten(1).any(1) if is_mask else torch.ones_like(losses, dtype=torch.bool)
     gains = torch.where(is_shown & torch.isfinite(losses), -losses, -torch.inf)
     high = _beyond(losses, out.worst[-1][0] if len(out.worst) >= count else -torch.inf)
     low = _beyond(gains, -out.best[-1][0] if len(out.best) >= count else -torch.inf)
@@ -123,12 +124,12 @@ def _keep(
         return
     prediction, probability = (t.cpu() for t in task.predict(logits))
     for at in sorted(high | low | set(fixed)):
-        step = max(1, max(truth.shape[1:], default=0) // MOST_PX)  # larger ones would be drawn smaller anyway
+        step = max(1, max(truth.shape[1:]) // MOST_PX) if is_mask else 1  # larger ones would be drawn smaller anyway
         sample = Sample(
             image=to_rgb(raw["image"][at].numpy()[:, ::step, ::step]),
             truth=_thinned(truth[at], step),
             prediction=_thinned(prediction[at], step),
-            probability=_thinned(_shown(probability[at]), step),
+            probability=_thinned(_shown(probability[at]) if is_mask else probability[at], step),
             id=raw["id"][at],
             path=raw["path"][at],
         )

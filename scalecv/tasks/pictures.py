@@ -28,6 +28,7 @@ __all__ = [
     "Sample",
     "confusion_png",
     "curves_png",
+    "images_png",
     "per_class_csv",
     "per_class_png",
     "predictions_png",
@@ -96,6 +97,24 @@ def predictions_png(samples: Sequence[Sample], classes: Sequence[str], task: str
     if task == "segment":
         return _segmentations(samples, classes, title)
     return _classifications(samples, classes, title)
+
+
+def images_png(rows: Sequence[Sequence[Pixels]], heads: Sequence[str], notes: Sequence[str], title: str) -> bytes:
+    """Rows of pictures side by side.
+
+    Args:
+        rows: uint8 [H, W, 3] each, as many in each row as there are heads.
+        heads: what each picture of a row is.
+        notes: a line of text for each row.
+        title: above all.
+    """
+    sheet, places = _sheet(rows, 2 if len(rows) > 3 else 1)
+    axes = _page(sheet, title)
+    for note, (x, y) in zip(notes, places, strict=True):
+        for place, head in enumerate(heads):
+            _caption(axes, x + place * (TILE + GAP), y + TILE + 3, head, INK)
+        _caption(axes, x, y + TILE + 19, note, "#666666")
+    return png(axes.figure)  # type: ignore[arg-type]  # never a part of a page here
 
 
 def _classifications(samples: Sequence[Sample], classes: Sequence[str], title: str) -> bytes:

@@ -8,7 +8,7 @@ from torch import Tensor
 from scalecv.config import Loss
 from scalecv.metrics import binned
 from scalecv.metrics import confusion as numbers
-from scalecv.tasks.task import Batch, Task, active_terms, two_classes_alone
+from scalecv.tasks.task import Batch, Task, active_terms, refuse_images, two_classes_alone
 from scalecv.tasks.tell import each_class
 
 
@@ -17,13 +17,14 @@ def default_loss(classes: int) -> dict[str, float]:
     return {"bce" if classes == 2 else "cross_entropy": 0.5, "dice": 0.5}
 
 
-def outputs(classes: int) -> int:
+def outputs(classes: int, channels: int = 0) -> int:
     """One logit for two classes, else one per class."""
     return 1 if classes == 2 else classes
 
 
 def check(loss: Loss, classes: int) -> None:
     """Raises: ConfigError: a term for two classes where there are more."""
+    refuse_images(loss)
     two_classes_alone(loss, classes, ("bce", "pos_neg_iou"))
 
 

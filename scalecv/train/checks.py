@@ -1,5 +1,6 @@
 """What can be known to be wrong before a worker starts: the experiment against the manifest."""
 
+import math
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,9 +14,11 @@ from scalecv.shards.manifest import Manifest, constant_bands, overlap_line
 MEASURES = {
     "classify": ("loss", "accuracy", "macro_accuracy", "f1", "average_precision"),
     "segment": ("loss", "iou", "f1", "average_precision", "precision", "recall", "macro_accuracy", "accuracy"),
+    "upscale": ("loss", "psnr", "ssim"),
 }
 PER_CLASS = ("recall_", "iou_")
 KIND = {"classify": "label", "segment": "mask"}
+"""What rows are labelled with; other tasks look at images alone."""
 SHARDS = 4
 """Logical shards of a global batch where train.exact is set (see exact.py)."""
 
@@ -97,6 +100,7 @@ def check_network(experiment: Experiment, manifest: Manifest) -> None:
     Raises: ConfigError: network or loss do not fit the task.
     """
     from scalecv.models import required_multiple, task_of
+    from scalecv.models.upscalers import factor_of
     from scalecv.tasks import TASKS
 
     gives = task_of(experiment.model.arch)
@@ -105,12 +109,16 @@ def check_network(experiment: Experiment, manifest: Manifest) -> None:
     TASKS[experiment.task].check(experiment.loss, len(manifest.classes))
     model, size = experiment.model, experiment.data.size_px
     multiple = required_multiple(model.arch, model.encoder, model.args)
-    sides = (size, size) if size else manifest.sizes_px[:2]
-    if any(side % multiple for side in sides):
-        fits = max(multiple, round(sides[0] / multiple) * multiple)
+    if experiment.task == "upscale":
+        multiple = math.lcm(multiple, factor_of(model.arch, model.args))
+    sides, factor = (size, size) if size else manifest.sizes_px[:2], experiment.upscale.factor
+    if any(side * factor % multiple for side in sides):
+        step = multiple // math.gcd(multiple, factor)
+        fits = max(step, round(sides[0] / step) * step)
+        larger = f" enlarged {factor} times" if factor > 1 else ""
         raise ConfigError(
             f"images have {sides[0]}x{sides[1]} pixels, and {model.arch} with {model.encoder} needs multiples of "
-            f"{multiple}: set data.size_px={fits}"
+            f"{multiple}{larger}: set data.size_px={fits}"
         )
 
 
@@ -164,14 +172,16 @@ def _sizes(experiment: Experiment) -> None:
 
 
 def _labels(experiment: Experiment, manifest: Manifest, where: str) -> None:
-    kind = KIND[experiment.task]
-    if manifest.kind != kind:
+    kind = KIND.get(experiment.task)
+    if kind and manifest.kind != kind:
         raise ConfigError(
             f"task={experiment.task} needs rows with a {kind}, {where} has rows with a {manifest.kind}: "
             f"set task={'segment' if manifest.kind == 'mask' else 'classify'}, or ingest with another --layout"
         )
     if not manifest.splits.get("train"):
         raise DataError(f"{where} has no rows in its train split ({_splits(manifest)}): ingest with a train split")
+    if not kind:
+        return
     if len(manifest.classes) < 2:
         raise DataError(
             f"{where} has one class only ({', '.join(manifest.classes) or 'none'}): there is nothing to tell apart; "
@@ -212,6 +222,7 @@ def _batch(experiment: Experiment, manifest: Manifest) -> None:
         raise ConfigError(
             f"train.batch={train.batch} gives each worker one image at a time, and batch normalisation needs two: "
             "set model.norm=group or frozen, or a larger train.batch or train.micro_batch"
+            + ("; train.micro_batch=auto and train.recompute=true make room" if experiment.upscale.factor > 1 else "")
         )
     if train.metric and not train.metric.startswith(("val/", "train/")):
         raise ConfigError(f"train.metric={train.metric}: expected a name such as val/accuracy or val/iou")

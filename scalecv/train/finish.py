@@ -3,6 +3,8 @@
 import json
 from typing import Any
 
+import torch
+
 from scalecv import storage
 from scalecv.artifacts import bundle
 from scalecv.artifacts import report as reports
@@ -59,8 +61,11 @@ def finish(setup: Setup, state: State, job: Job, dataset: Dataset, pixels: Pixel
                 events += reports.draw(setup.task, checked, pixels.classes, job.run, split, state.updates, key=key)
     metrics |= {name: value for name, value in state.history[-1].items() if name.startswith("train/")}
     size = pixels.size_px
-    shape = (pixels.channels, size or dataset.manifest.sizes_px[1], size or dataset.manifest.sizes_px[0])
-    told = facts_of(job, dataset, pixels, state) | {"metrics": metrics, "epoch": best_epoch, "threshold": threshold}
+    whole = torch.zeros(1, pixels.channels, size or dataset.manifest.sizes_px[1], size or dataset.manifest.sizes_px[0])
+    _, channels, height, width = setup.task.prepare({"image": whole})["image"].shape
+    shape = (channels, height, width)
+    told = facts_of(job, dataset, pixels, state, setup.upscale)
+    told |= {"metrics": metrics, "epoch": best_epoch, "threshold": threshold}
     parts = bundle.parts(on_host(state.model.state_dict()), **told)
     uri = storage.join(job.run, "bundles", f"{state.updates:08d}-{json.loads(parts[bundle.FACTS])['weights_hash'][:8]}")
     if setup.rank == 0:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
+from scalecv.artifacts.bundle import UpscaleFacts
 from scalecv.batches.feed import Epoch, Feed
 from scalecv.batches.plan import order_sum
 from scalecv.config import Experiment
@@ -57,6 +58,8 @@ class Setup:
     requests: Requests
     watchdog: Watchdog
     gallery: Gallery
+    upscale: UpscaleFacts | None = None
+    """The stage before the network, where there is one."""
 
 
 @dataclass

@@ -286,6 +286,7 @@ def _hopeless(size: int, failure: str, *, is_auto: bool = True) -> str:
     least = "as few as " if is_auto else ""
     return (
         f"memory ran out in the forward and backward pass of {least}{size} images at a time ({failure[:200]}): set "
-        f"{auto}train.recompute=true, train.precision=bf16, a smaller data.size_px or a smaller network; the same "
+        f"{auto}train.recompute=true, train.precision=bf16, a smaller data.size_px, upscale.factor "
+        "or network, or model.norm=group, with which images may go through one by one; the same "
         "command goes on"
     )

@@ -19,10 +19,12 @@ def build_optimizer(model: "torch.nn.Module", train: Train) -> "torch.optim.Opti
     """
     import torch
 
+    from scalecv.models.enlarged import Enlarged
     from scalecv.models.parts import factors_of
 
-    factors = factors_of(model, train.lr_factors)
-    named = [(factors.get(name, 1.0), p) for name, p in model.named_parameters() if p.requires_grad]
+    learning = model.network if isinstance(model, Enlarged) else model
+    factors = factors_of(learning, train.lr_factors)
+    named = [(factors.get(name, 1.0), p) for name, p in learning.named_parameters() if p.requires_grad]
     learns = [p for _, p in named]
     groups: list[dict[str, Any]] = []
     for factor in dict.fromkeys([1.0, *train.lr_factors.values()]):

@@ -15,7 +15,8 @@ from scalecv import storage
 from scalecv.artifacts import spool, tracking
 from scalecv.config import Experiment, dump, flatten
 from scalecv.errors import ConfigError, Interrupted, ScalecvError
-from scalecv.train import runs
+from scalecv.shards.store import Dataset
+from scalecv.train import runs, upscaler
 from scalecv.train.checks import check, check_names, check_network, sizes
 
 Event = dict[str, Any]
@@ -78,12 +79,12 @@ def train(
     storage.check_writable(runs.home(experiment))
     with runs.lease(experiment):
         notes: list[str] = []
-        run = runs.open_run(
-            experiment,
-            lambda d: notes.extend(check(experiment, d.manifest)),
-            find_weights=lambda weights: recorded_weights(weights, uri),
-            new=new,
-        )
+
+        def checked(dataset: Dataset) -> None:
+            notes.extend(check(experiment, dataset.manifest))
+            upscaler.check(experiment, dataset.manifest)
+
+        run = runs.open_run(experiment, checked, find_weights=lambda weights: recorded_weights(weights, uri), new=new)
         for note in notes:
             tell({"kind": "progress", "message": note})
         if (run.result and run.result["epochs"] >= experiment.train.epochs) or (
@@ -337,11 +338,18 @@ def recorded_weights(weights: str, uri: str) -> str | None:
 
 
 def same_everywhere(experiment: Experiment) -> Experiment:
-    """The experiment with local paths made absolute, so that a worker in another folder means the same."""
+    """The experiment as a worker in another folder understands it.
+
+    Local paths are made absolute, and runs:/ID of upscale.model becomes the bundle that it stands for.
+    """
     data = experiment.data.model_copy(update={"uri": storage.absolute(experiment.data.uri)})
     track = experiment.track.model_copy(update={"storage": storage.absolute(experiment.track.storage)})
     weights = experiment.model.weights
     if weights and weights != "imagenet" and "://" not in weights and not tracking.is_reference(weights):
         weights = os.path.abspath(weights)  # also where it is gone: a run that goes on does not need it
     model = experiment.model.model_copy(update={"weights": weights})
-    return experiment.model_copy(update={"data": data, "track": track, "model": model})
+    upscale = experiment.upscale
+    if upscale.model:
+        place = tracking.lookup(upscale.model, experiment.track.uri)
+        upscale = upscale.model_copy(update={"model": storage.absolute(place)})
+    return experiment.model_copy(update={"data": data, "track": track, "model": model, "upscale": upscale})

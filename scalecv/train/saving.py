@@ -161,14 +161,16 @@ def call_of(experiment: Experiment, task: Task, pixels: Pixels) -> bundle.Call:
         arch=model.arch,
         encoder=model.encoder,
         in_channels=model.in_channels or pixels.channels,
-        outputs=task.outputs(len(pixels.classes)),
+        outputs=task.outputs(len(pixels.classes), model.in_channels or pixels.channels),
         stem=model.stem,
         norm=model.norm,
         args=model.args,
     )
 
 
-def facts_of(job: Job, dataset: Dataset, pixels: Pixels, state: "State") -> dict[str, Any]:
+def facts_of(
+    job: Job, dataset: Dataset, pixels: Pixels, state: "State", upscale: bundle.UpscaleFacts | None
+) -> dict[str, Any]:
     """What the bundle of a state says, but for its hashes."""
     experiment = job.experiment
     task = TASKS[experiment.task]
@@ -178,6 +180,7 @@ def facts_of(job: Job, dataset: Dataset, pixels: Pixels, state: "State") -> dict
         "task": experiment.task,
         "call": call_of(experiment, task, pixels),
         "pixels": bundle.pixel_facts(pixels),
+        "upscale": upscale,
         "classes": pixels.classes,
         "data": bundle.DataFacts(
             uri=storage.without_secrets(dataset.uri),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from scalecv.batches.collate import to_device
+from scalecv.models import enlarged
 from scalecv.models.losses import weighted
 from scalecv.schema import Batch
 from scalecv.train import exact, micro_batch, nonfinite
@@ -39,7 +40,7 @@ def update(
     train = setup.experiment.train
     times = times or Times(setup.device, state.model, 1)
     times.start()
-    batch = to_device(raw, setup.feeds["train"].pixels, setup.device, train.channels_last)
+    batch = setup.task.prepare(to_device(raw, setup.feeds["train"].pixels, setup.device, train.channels_last))
     times.lap("transfer")
     if not state.micro_batch:
         micro_batch.find(setup, state, lambda size: _try_out(setup, state, batch, size))
@@ -135,6 +136,7 @@ def _of_part(
     micro = {key: values[part] for key, values in batch.items()}
     with autocast(setup):
         logits = network(micro["image"])
+    micro = enlarged.truth(micro, setup.experiment.upscale.factor)
     terms = setup.task.losses(logits.float(), micro, setup.experiment.loss, setup.class_weights)
     loss: torch.Tensor = (weighted(terms, weights) * micro["valid"]).sum()
     scaled: torch.Tensor = state.scaler.scale(loss * scale)

@@ -11,6 +11,7 @@ import torch
 from torch import distributed as dist
 
 from scalecv import storage
+from scalecv.artifacts import bundle
 from scalecv.artifacts.provenance import worker_facts
 from scalecv.batches.feed import Feed, threads_per_rank
 from scalecv.batches.pixels import Pixels, pixels_of
@@ -20,15 +21,17 @@ from scalecv.models.dry_run import check_fits
 from scalecv.models.losses import balanced_weights
 from scalecv.models.parts import freeze
 from scalecv.models.recompute import recompute_blocks
+from scalecv.models.upscalers import factor_of
 from scalecv.shards.store import Dataset, open_dataset
-from scalecv.tasks import TASKS
+from scalecv.tasks import task_for
 from scalecv.tasks.task import Task
-from scalecv.train import checkpoint, exact, loop
+from scalecv.train import checkpoint, exact, loop, upscaler
 from scalecv.train.checks import SHARDS
 from scalecv.train.finish import finish
 from scalecv.train.gallery import Gallery
 from scalecv.train.job import Job, Place
 from scalecv.train.loop import Event, Setup, State
+from scalecv.train.memory import keep_freed
 from scalecv.train.optim import build_optimizer
 from scalecv.train.requests import Requests, Stopped
 from scalecv.train.saving import Saver, call_of, facts_of, from_rank_0, restore
@@ -76,16 +79,18 @@ def _work(
     experiment = job.experiment
     fixed = 1 if experiment.train.exact else None
     torch.set_num_threads(threads_per_rank(experiment.train.threads or fixed, place.ranks_on_node))
+    if place.device == "cpu":
+        keep_freed()
     if experiment.train.exact:
         exact.use_fixed_kernels(place.device)
     dataset = open_dataset(experiment.data.uri, job.dataset_version, experiment.cache)
-    task = TASKS[experiment.task]
     pixels = pixels_of(dataset.manifest, experiment.data, experiment.data.uri)
+    task = task_for(experiment.task, pixels, experiment.model.arch, experiment.model.args)
     setup = _setup(job, place, dataset, task, pixels, report, requests, watchdog)
     state, notes, weights = _start(setup, job, place, pixels)
     if experiment.cache.dir and dataset.cache is None:
         notes.append(f"cache.dir is not used: {dataset.uri} lies on a disk, not in a bucket")
-    facts = worker_facts(place.ranks, place.device, state.updates) | weights
+    facts = worker_facts(place.ranks, place.device, state.updates) | weights | upscaler.tags(setup.upscale)
     said: list[Event] = [{"kind": "progress", "message": note} for note in notes]
     report([_processes(), {"kind": "tags", "tags": facts}, *said, *state.recent])  # known points are not sent twice
     status = loop.fit(setup, state)
@@ -153,8 +158,10 @@ def _setup(
     metric = experiment.train.metric or (f"val/{task.headline}" if "val" in feeds else "train/loss")
     larger = not metric.endswith("loss")
 
+    upscale = upscaler.find(experiment)
+
     def about(state: State) -> dict[str, Any]:
-        return facts_of(job, dataset, pixels, state)
+        return facts_of(job, dataset, pixels, state, upscale)
 
     return Setup(
         experiment=experiment,
@@ -173,6 +180,7 @@ def _setup(
         requests=requests,
         watchdog=watchdog,
         gallery=Gallery(job.run, experiment.track.pictures, experiment.track.pictures_every, draws=place.rank == 0),
+        upscale=upscale,
     )
 
 
@@ -193,6 +201,9 @@ def _start(setup: Setup, job: Job, place: Place, pixels: Pixels) -> tuple[State,
     model, notes, weights = _network(setup, job, place, pixels, is_fresh=not found)
     if train.recompute:
         recompute_blocks(model, experiment.model.arch)
+    if setup.upscale:
+        model = upscaler.behind(setup.upscale, experiment.upscale, pixels, model, allow_import=job.allow_import)
+    model = model.to(setup.device)
     if train.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if train.precision == "fp16" and setup.device.type == "cpu":
@@ -207,6 +218,7 @@ def _start(setup: Setup, job: Job, place: Place, pixels: Pixels) -> tuple[State,
         hangs = storage.list_names(storage.join(job.run, "stacks"))
         notes += [f"a process of this run hung before; its stacks are in {job.run}/stacks"] if hangs else []
     if found:
+        upscaler.check_same(setup.upscale, bundle.read_facts(found.uri).upscale)
         restore(state, parts or checkpoint.read(found), place.rank, keep_threads=not (train.threads or train.exact))
         notes.append(f"goes on in epoch {state.epoch + 1} after step {state.step} ({found.uri})")
     network: torch.nn.Module = model
@@ -240,7 +252,7 @@ def _network(
     if experiment.train.exact:
         exact.check(model)
     _check_fits(setup, model, pixels)
-    return model.to(setup.device), notes, tags
+    return model, notes, tags
 
 
 def _check_fits(setup: Setup, model: torch.nn.Module, pixels: Pixels) -> None:
@@ -254,4 +266,6 @@ def _check_fits(setup: Setup, model: torch.nn.Module, pixels: Pixels) -> None:
     if experiment.model.norm == "sync":
         images *= setup.ranks
     sides = (pixels.size_px, pixels.size_px) if pixels.size_px else (sizes_px[1], sizes_px[0])
-    check_fits(model, (images, pixels.channels, *sides), experiment.model.arch)
+    smaller = factor_of(experiment.model.arch, experiment.model.args) if experiment.task == "upscale" else 1
+    seen = (side * experiment.upscale.factor // smaller for side in sides)
+    check_fits(model, (images, pixels.channels, *seen), experiment.model.arch)

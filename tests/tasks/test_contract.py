@@ -23,6 +23,9 @@ def batch_of(task, classes, rows=8, seed=0):
     image = torch.randn(rows, 3, SIDE, SIDE, generator=draw) * 0.3
     batch = {"valid": torch.ones(rows, dtype=torch.bool), "id": [f"{i:032x}" for i in range(rows)]}
     batch["position"] = torch.arange(rows)
+    if task.name == "upscale":
+        smooth = torch.nn.functional.interpolate(image[..., :12, :12], SIDE, mode="bicubic")
+        return task.prepare({"image": smooth, **batch})
     if task.name == "classify":
         batch["label"] = torch.arange(rows) % classes
         image += batch["label"].view(-1, 1, 1, 1) - 1.0
@@ -37,6 +40,8 @@ def batch_of(task, classes, rows=8, seed=0):
 
 
 def truth_as_logits(task, batch, classes):
+    if task.name == "upscale":
+        return batch["truth"]
     target = batch[task.target].clamp_min(0)
     hot = torch.nn.functional.one_hot(target, classes).float()
     hot = hot if task.name == "classify" else hot.permute(0, 3, 1, 2)
@@ -139,6 +144,47 @@ def test_numbers_have_names_that_mlflow_accepts(name, classes):
     assert any(key.endswith("pv_roof") for key in scores)
 
 
+def test_an_upscaler_overfits_eight_images_and_scores_the_truth_perfectly():
+    task = TASKS["upscale"]
+    batch = batch_of(task, 0)
+    model = build_model("espcn", in_channels=3, outputs=task.outputs(0, 3), args={"width": 32})
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    first = task.summarise(task.score(model(batch["image"]), batch), ())
+    assert first["psnr"] == first["bicubic_psnr"] and first["ssim"] == first["bicubic_ssim"], "starts as bicubic"
+    for _ in range(60):
+        value = weighted(task.losses(model(batch["image"]), batch, Loss(), None), task.default_loss(0)).mean()
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+    scores = task.summarise(task.score(model(batch["image"]), batch), ())
+    assert scores[task.headline] > first["psnr"] + 3 and scores["bicubic_psnr"] == first["psnr"]
+    scores = task.summarise(task.score(batch[task.target], batch), ())
+    assert scores["psnr"] == 100.0 and scores["ssim"] == pytest.approx(1.0)
+    assert all(isinstance(value, float) for value in scores.values())
+
+
+def test_halves_and_filler_rows_of_upscaling_add_up_to_the_whole():
+    task = TASKS["upscale"]
+    batch = batch_of(task, 0)
+    images = batch["truth"] + 0.1 * torch.randn(8, 3, SIDE, SIDE)
+    whole, halves = task.score(images, batch), {}
+    for where in (slice(0, 3), slice(3, 8)):
+        add(halves, task.score(images[where], part(batch, where)))
+    assert whole.keys() == halves.keys() and whole["rows"].dtype == torch.int64
+    for name in whole:
+        torch.testing.assert_close(whole[name], halves[name])
+    spoilt, filled = images.clone(), {**batch, "valid": torch.arange(8) < 5}
+    spoilt[5:] = float("nan")
+    first = part(batch, slice(0, 5))
+    for name, value in task.score(spoilt, filled).items():
+        torch.testing.assert_close(value, task.score(images[:5], first)[name])
+    every = Loss(l1=1.0, charbonnier=1.0, mse=1.0)
+    for term, value in task.losses(images[:5], first, every, None).items():
+        told = task.losses(spoilt, filled, every, None)[term]
+        torch.testing.assert_close(told[:5], value)
+        assert (told[5:] == 0).all() and value.shape == (5,) and value.dtype == torch.float32
+
+
 def test_more_than_twenty_classes_are_not_told_one_by_one():
     sums = {"confusion": torch.eye(43, dtype=torch.long)}
     assert set(TASKS["classify"].summarise(sums, [str(i) for i in range(43)])) == {"accuracy", "macro_accuracy", "f1"}
@@ -169,6 +215,10 @@ def test_a_model_that_sees_nothing_is_told_as_trivial():
         ("segment", 2, "bce", True),
         ("segment", 3, "bce", False),
         ("segment", 3, "dice", True),
+        ("segment", 3, "l1", False),
+        ("classify", 2, "mse", False),
+        ("upscale", 0, "bce", False),
+        ("upscale", 0, "charbonnier", True),
     ],
 )
 def test_terms_that_do_not_fit_are_refused(name, classes, term, fits):
