@@ -178,6 +178,7 @@ def test_the_same_ground_in_other_years_is_told(shared_data, tmp_path):
     assert ("train", "test") in overlaps
 
 
+@pytest.mark.chaos
 def test_killed_while_tiles_are_written_and_started_again(tmp_path):
     for i in range(6):
         image, mask = scene(i, 700, 600)

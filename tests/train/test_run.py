@@ -186,6 +186,7 @@ def test_a_damaged_row_group_is_left_out_within_the_budget(shapes, many_groups, 
     assert error.value.exit_code == 1
 
 
+@pytest.mark.chaos
 def test_two_ranks_have_one_budget(shapes, many_groups, tmp_path):
     """What two ranks cannot read counts together, and a row group that both need is told and counted once."""
     uri, rows = damaged_copy(many_groups, tmp_path / "damaged")

@@ -1,4 +1,4 @@
-"""Transfer: starting weights of a recorded run, frozen parts rates of their own, and going on without asking again."""
+"""Transfer: starting weights of a recorded run, frozen parts, rates of their own, and going on without asking again."""
 
 import shutil
 from pathlib import Path
@@ -30,6 +30,7 @@ TRANSFER = {
 }
 
 
+@pytest.mark.chaos
 def test_a_frozen_encoder_of_an_earlier_run_stays_and_going_on_asks_nobody(shapes, tmp_path):
     """From runs:/ID with another head; stopped in the middle, without the registry, to the same bits."""
     first = train(shapes(name="first", train__epochs=1))
