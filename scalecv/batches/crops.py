@@ -79,7 +79,7 @@ def load() -> Crops | None:
     try:
         made = Crops(_library())
         return made if _is_exact(made) else None
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home folder
         _log.info("crops are made by the wheels: %s", error)
         return None
 
@@ -101,7 +101,7 @@ def _library() -> Path:
     name = hashlib.sha256(SOURCE.read_bytes() + platform.machine().encode() + _processor()).hexdigest()[:32]
     target = user_folder() / "native" / f"crops-{name}.so"
     if target.exists():
-        return target
+        return _own(target)
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         raise FileNotFoundError("there is no C compiler")
@@ -115,8 +115,21 @@ def _library() -> Path:
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "error" in line] or ["the compiler failed"]
             raise subprocess.SubprocessError(lines[0][:200])
+        made.chmod(0o700)
         made.replace(target)
     return target
+
+
+def _own(file: Path) -> Path:
+    """A file that nobody but this user can have written.
+
+    Raises: PermissionError: it is somebody else's.
+    """
+    for place in (file, file.parent):
+        found = place.stat()
+        if found.st_uid != os.getuid() or found.st_mode & 0o022:
+            raise PermissionError(f"{place} can be written by others: remove it")
+    return file
 
 
 def _processor() -> bytes:

@@ -140,3 +140,6 @@ def test_it_is_compiled_once_into_a_folder_of_the_user(anew, tmp_path):
     crops.load.cache_clear()
     anew.setenv("CC", "no-such-compiler")
     assert crops.load() is not None
+    made.chmod(0o666)
+    crops.load.cache_clear()
+    assert crops.load() is None, "others may have written it"
