@@ -43,7 +43,7 @@ def test_every_point_on_local_disk(tmp_path):
         count(lambda number: f"{folder}/{number}", least=170)
 
 
-@pytest.mark.e2e
+@pytest.mark.chaos
 def test_every_point_on_an_object_store(s3):
     bucket = s3.bucket()
     count(lambda number: f"{bucket}/{number}", least=70)

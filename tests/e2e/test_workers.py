@@ -54,6 +54,7 @@ def test_from_s3_as_from_disk(shapes, s3, tmp_path):
     assert train(shapes(name="alone", scale__workers=0, **keys)).was_complete
 
 
+@pytest.mark.chaos
 def test_a_killed_worker_is_started_again_and_the_weights_are_those_of_one_process(shapes, tmp_path):
     """Rank 1 kills itself in the middle of epoch 2, once; Ray starts both again from the checkpoint.
 
@@ -73,6 +74,7 @@ if self.calls == 18 and rank == 1 and not os.path.exists(marker):
     assert (lost.order_hash, lost.weights_hash) == (quiet.order_hash, quiet.weights_hash)
 
 
+@pytest.mark.chaos
 def test_a_bug_is_shown_after_the_first_start(shapes, tmp_path):
     keys = write_net(tmp_path, "buggy", "raise ZeroDivisionError(f'bug in {os.getpid()}')")
     with pytest.raises(ScalecvError, match="ZeroDivisionError: bug in") as said:
