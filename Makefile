@@ -25,7 +25,7 @@ $(STAMP): requirements.lock pyproject.toml
 demo: setup      ## the whole way on small real images: ingest, train on 2 workers, evaluate, report
 	$(BIN)/scalecv demo
 
-test: setup      ## every test but those of `make chaos` (about 22 minutes on 2 cores)
+test: setup      ## every test but those of `make chaos` (about 20 minutes on 2 cores)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 chaos: setup     ## the long tests of faults: kills, lost nodes, crash points, broken stores

@@ -325,8 +325,8 @@ class CutAnswers:
             near.sendall(f"Content-Type: {answer.headers['Content-Type']}\r\n\r\n".encode() + data)
 
 
-@pytest.mark.e2e
-@pytest.mark.parametrize("store", ["mlflow_server", pytest.param("mlflow_on_postgresql", marks=pytest.mark.chaos)])
+@pytest.mark.chaos
+@pytest.mark.parametrize("store", ["mlflow_server", "mlflow_on_postgresql"])
 def test_answers_lost_then_the_server_killed_and_back(run, store, tmp_path, monkeypatch, request):
     server = request.getfixturevalue(store)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")

@@ -35,6 +35,7 @@ def test_0_1_and_2_workers_see_the_same_and_learn_the_same(shapes):
     assert weights(results[0]).keys() == weights(results[2]).keys(), "no prefix of DDP stays in a bundle"
 
 
+@pytest.mark.chaos
 def test_from_s3_as_from_disk(shapes, s3, tmp_path):
     make.shapes(tmp_path / "images")
     bucket = s3.bucket()

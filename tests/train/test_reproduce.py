@@ -212,6 +212,7 @@ def test_what_cannot_be_reproduced_is_refused(shapes):
         reproduce(first.run_id)
 
 
+@pytest.mark.chaos
 def test_the_command_line_prints_one_json_object(shapes, tmp_path):
     first = train(shapes(train__epochs=1))
     command = [sys.executable, "-m", "scalecv", "reproduce", f"runs:/{first.run_id}", "--to", "twin", "--json"]

@@ -116,6 +116,7 @@ def test_a_network_learns_to_enlarge_and_then_stands_before_another(experiment, 
     assert files_of(tiles) == before, "nothing was stored in the dataset"
 
 
+@pytest.mark.chaos
 def test_scores_are_of_the_native_pixels(experiment, tiles, tmp_path):
     """At 1, 2 and 4 times the side the same pixels are counted, and nothing larger is written anywhere."""
     before, counted = files_of(tiles), {}
