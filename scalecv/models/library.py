@@ -16,6 +16,8 @@ from scalecv.models.classifiers import TIMM
 from scalecv.models.segmenters import ARCHITECTURES, library_name
 
 T = TypeVar("T")
+OWN = ("resnet10", "espcn", "edsr")
+"""Networks of scalecv, which nobody has trained on ImageNet."""
 
 
 def imagenet_state(arch: str, encoder: str, args: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
@@ -27,7 +29,7 @@ def imagenet_state(arch: str, encoder: str, args: Mapping[str, Any] | None = Non
         args: of the network's builder.
     Raises: ConfigError: it has none, or they could not be had.
     """
-    if ":" in arch or arch == "resnet10":
+    if ":" in arch or arch in OWN:
         raise ConfigError(f"model.arch={arch} has no ImageNet weights; set model.weights to a file, or leave it empty")
     if arch in ARCHITECTURES:
         what = f"encoder {encoder}"

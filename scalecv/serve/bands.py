@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from scalecv import storage
 from scalecv.artifacts import bundle, tracking
+from scalecv.errors import ConfigError
 from scalecv.serve.evaluate import check
 from scalecv.shards.store import open_dataset
 
@@ -80,7 +81,7 @@ def rank_bands(
         to: folder for a chart; None draws none.
         allow_import: let a bundle whose network is the user's own function import it.
         tell: called with progress events.
-    Raises: DataError: the dataset does not fit the model.
+    Raises: DataError: the dataset does not fit the model. ConfigError: a model that tells nothing apart.
     """
     import os
 
@@ -91,6 +92,11 @@ def rank_bands(
 
     opened = bundle.open_bundle(tracking.lookup(model), allow_import=allow_import)
     dataset = open_dataset(dataset_uri)
+    if opened.facts.task == "upscale":
+        raise ConfigError(
+            f"{model} is a model for task=upscale, which gives back the bands that it is shown: scalecv bands ranks "
+            "those of models for classify and segment"
+        )
     check(opened, dataset.manifest, dataset_uri, split)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pixels = opened.pixels()

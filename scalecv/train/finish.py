@@ -55,7 +55,9 @@ def finish(setup: Setup, state: State, job: Job, dataset: Dataset, pixels: Pixel
                 events += _told(setup, checked, threshold)
             checked = checked.at(threshold)
             metrics |= loop.summary(setup, checked, split)
-            metrics |= {f"{split}/rows": float(checked.rows), f"{split}/threshold": checked.threshold}
+            metrics[f"{split}/rows"] = float(checked.rows)
+            if "probabilities" in checked.sums:
+                metrics[f"{split}/threshold"] = checked.threshold
             if setup.rank == 0:
                 key = "best/val" if split == "val" else split  # the last epoch's pictures have the same step
                 events += reports.draw(setup.task, checked, pixels.classes, job.run, split, state.updates, key=key)

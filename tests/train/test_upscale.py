@@ -8,10 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from scalecv import raster
 from scalecv.artifacts import bundle, spool
 from scalecv.config import build, with_overrides
 from scalecv.errors import ConfigError
+from scalecv.models.library import imagenet_state
+from scalecv.serve.bands import rank_bands
 from scalecv.serve.evaluate import evaluate
+from scalecv.serve.predict import predict
 from scalecv.shards.ingest import IngestOptions, ingest
 from scalecv.train import runs
 from scalecv.train.run import train
@@ -188,3 +192,26 @@ def test_images_without_labels_and_masks(shared_data, server, tmp_path, monkeypa
     keys["data.allow_leak"] = ["overlap"]  # neighbours of one place
     done = train(build(with_overrides({}, UPSCALE | keys | {"model.args.blocks": 2, "train.recompute": True}), "test"))
     assert done.metrics["val/rows"] == 2 and done.metrics["val/psnr"] >= done.metrics["val/bicubic_psnr"] - 0.5
+    assert "val/threshold" not in done.metrics
+    with pytest.raises(ConfigError, match="predict takes classify and segment"):
+        predict(done.bundle, str(images), "predicted")
+    with pytest.raises(ConfigError, match="ranks those of models for classify and segment"):
+        rank_bands(done.bundle, "data")
+    assert not (tmp_path / "predicted").exists()
+
+
+def test_a_model_behind_its_stage_predicts_images_at_their_own_size(experiment, tiles, shared_data, tmp_path):
+    done = train(experiment(SEGMENT, upscale__factor=2, model__norm="group"))
+    source = shared_data("pv4band") / "other_place" / "images"
+    found = predict(done.bundle, str(source), str(tmp_path / "files"), concurrency=0)
+    assert (found.rows, found.quarantined) == (14, 0)
+    made = sorted((tmp_path / "files").rglob("*.tif"))
+    assert [raster.profile(p.read_bytes()).width for p in made] == [256] * 14
+    again = predict(done.bundle, str(tiles), str(tmp_path / "rows"), concurrency=0, split="val")
+    assert again.rows == done.metrics["val/rows"]
+
+
+@pytest.mark.parametrize("arch", ["espcn", "edsr", "resnet10"])
+def test_networks_of_our_own_have_no_imagenet_weights(arch):
+    with pytest.raises(ConfigError, match=f"model.arch={arch} has no ImageNet weights; set model.weights"):
+        imagenet_state(arch, "")
