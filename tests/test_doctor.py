@@ -6,6 +6,8 @@ import pytest
 from scalecv.doctor import Check, checks, exit_code
 from tests.servers import free_port
 
+pytestmark = pytest.mark.e2e
+
 
 @pytest.fixture(autouse=True)
 def plain_folder(tmp_path, monkeypatch):

@@ -1,13 +1,12 @@
 """The verb on a model's bands."""
 
-import os
 import sys
 from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 
-from scalecv.cli.output import Json, Quiet, print_json
+from scalecv.cli.output import AllowImport, Json, Quiet, print_json
 from scalecv.errors import ConfigError
 
 
@@ -26,9 +25,7 @@ def bands(
     drop: Annotated[
         str | None, typer.Option(metavar="EXPERIMENT", help="Train without each band in turn; KEY=VALUE set its keys.")
     ] = None,
-    allow_import: Annotated[
-        bool, typer.Option("--allow-import", help="Let the bundle import the network's own module.")
-    ] = False,
+    allow_import: AllowImport = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -42,8 +39,6 @@ def bands(
         return
     if len(given) != 2:
         raise ConfigError(f"scalecv bands takes MODEL and DATASET, or --drop EXPERIMENT; found {given or 'nothing'}")
-    if allow_import:
-        sys.path.append(os.getcwd())
     from scalecv.serve.bands import rank_bands
 
     found = rank_bands(

@@ -1,7 +1,6 @@
 """Verbs on experiments: demo, train, evaluate, config, schema."""
 
 import json
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from scalecv.cli.output import Json, Quiet, print_json
+from scalecv.cli.output import AllowImport, Json, Quiet, print_json
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys to set, as train.lr=3e-4.")]
 ExperimentPath = Annotated[str, typer.Argument(metavar="EXPERIMENT", help="Experiment file, or runs:/ID.")]
@@ -81,9 +80,7 @@ def evaluate(
     version: Annotated[int | None, typer.Option(help="Version of the dataset; the newest by default.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
     to: Annotated[str | None, typer.Option(help="Folder for pictures and tables.")] = None,
-    allow_import: Annotated[
-        bool, typer.Option("--allow-import", help="Let the bundle import the network's own module.")
-    ] = False,
+    allow_import: AllowImport = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -92,8 +89,6 @@ def evaluate(
     from scalecv.serve.evaluate import evaluate as run
 
     display = Display(quiet=quiet)
-    if allow_import:
-        sys.path.append(os.getcwd())
     result = run(
         model, dataset, split=split, version=version, batch=batch, to=to, allow_import=allow_import, tell=display
     )

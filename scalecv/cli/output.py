@@ -13,6 +13,19 @@ from scalecv import redact
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
+
+def _look_here(allowed: bool) -> bool:
+    """Where networks may be imported, they are looked for in the current folder too."""
+    if allowed:
+        sys.path.append(os.getcwd())
+    return allowed
+
+
+AllowImport = Annotated[
+    bool,
+    typer.Option("--allow-import", help="Let the model or record import its network's module.", callback=_look_here),
+]
+
 _out: Any = sys.stdout
 _printed = False
 

@@ -1,13 +1,11 @@
 """The verb predict."""
 
-import os
-import sys
 from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
-from scalecv.cli.output import Json, Quiet, print_json
+from scalecv.cli.output import AllowImport, Json, Quiet, print_json
 from scalecv.errors import ConfigError
 
 
@@ -22,9 +20,7 @@ def predict(
     overlap: Annotated[int | None, typer.Option(min=0, help="Pixels that windows share; a quarter by default.")] = None,
     probability: Annotated[str | None, typer.Option(help="Also probabilities: float32, or uint8 (0 to 254).")] = None,
     concurrency: Annotated[int | None, typer.Option(min=0, help="Models at a time in Ray; 0 works here.")] = None,
-    allow_import: Annotated[
-        bool, typer.Option("--allow-import", help="Let the bundle import the network's own module.")
-    ] = False,
+    allow_import: AllowImport = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -35,8 +31,6 @@ def predict(
     if probability not in (None, "float32", "uint8"):
         raise ConfigError(f"--probability {probability}: expected float32 or uint8")
     display = Display(quiet=quiet)
-    if allow_import:
-        sys.path.append(os.getcwd())
     result = run(
         model,
         source,

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from scalecv.cli.output import Json, Quiet, print_json
+from scalecv.cli.output import AllowImport, Json, Quiet, print_json
 
 RunName = Annotated[str, typer.Argument(help="runs:/ID, or the name of a run.")]
 Places = Annotated[
@@ -23,9 +23,7 @@ def reproduce(
     to: Annotated[str | None, typer.Option(help="Name of the new run; NAME-reproduced by default.")] = None,
     workers: Annotated[int | None, typer.Option(min=0, help="Training processes; as recorded by default.")] = None,
     new: Annotated[bool, typer.Option("--new", help="Start over under the new name.")] = False,
-    allow_import: Annotated[
-        bool, typer.Option("--allow-import", help="Let the record import the network's own module.")
-    ] = False,
+    allow_import: AllowImport = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -37,8 +35,6 @@ def reproduce(
     given = parse_overrides(overrides or [])
     if workers is not None:
         given["scale.workers"] = workers
-    if allow_import:
-        sys.path.append(os.getcwd())
     result = run_again(
         run,
         to=to,

@@ -1,6 +1,5 @@
 """One Delta Lake transaction makes a dataset version: all of its shards and facts, or nothing."""
 
-import hashlib
 import json
 import random
 import time
@@ -12,7 +11,7 @@ from scalecv import storage
 from scalecv.errors import DataError, StorageDenied, StorageError
 from scalecv.shards import manifest as manifests
 from scalecv.shards.manifest import Manifest, Shard
-from scalecv.shards.store import FACTS, LOG, commit_facts
+from scalecv.shards.store import LOG, commit_facts, put_facts
 from scalecv.shards.unit import overtaken
 from scalecv.shards.write import arrow_schema
 
@@ -36,10 +35,7 @@ def commit(uri: str, manifest: Manifest, new: Sequence[Shard], after: int | None
     from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Schema
     from deltalake.transaction import AddAction, create_table_with_add_actions
 
-    data = manifests.encode(manifest)
-    sha256 = hashlib.sha256(data).hexdigest()
-    path = f"{FACTS}/{sha256}.json"
-    storage.put(storage.join(uri, path), data)
+    path, sha256 = put_facts(uri, manifests.encode(manifest), "json")
     facts = {"manifest": path, "manifest_sha256": sha256, "fingerprint": manifest.fingerprint, **plan}
     facts["commit"] = uuid.uuid4().hex
     schema = Schema.from_arrow(_table_schema(manifest.meta))

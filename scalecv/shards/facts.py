@@ -1,7 +1,6 @@
 """From the records of finished units to the facts of a dataset version, or to the reason why there is none."""
 
 import datetime
-import hashlib
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from scalecv.shards.places import Places
 from scalecv.shards.plan import UnitSettings
 from scalecv.shards.record import Aside, BandSums, Record, Totals
 from scalecv.shards.row_facts import RowFactsWriter
-from scalecv.shards.store import FACTS
+from scalecv.shards.store import put_facts
 from scalecv.shards.unit import overtaken, record_uri
 
 _COLUMNS = ("uri", "path", "stage", "reason", "detail", "size_bytes", "sha256")
@@ -301,10 +300,7 @@ class _Asides:
         self._writer.close()
         if not self._reasons:
             return Quarantine()
-        data = self._path.read_bytes()
-        sha256 = hashlib.sha256(data).hexdigest()
-        path = f"{FACTS}/{sha256}.parquet"
-        storage.put(storage.join(uri, path), data)
+        path, sha256 = put_facts(uri, self._path.read_bytes(), "parquet")
         return Quarantine(rows=self._reasons.total(), reasons=dict(self._reasons), path=path, sha256=sha256)
 
     def _write(self, rows: list[dict[str, Any]]) -> None:

@@ -1,18 +1,16 @@
 """The footprints of a version: a Parquet file beside the manifest, and what they say about its splits."""
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from scalecv import storage
 from scalecv.schema import SPLITS
 from scalecv.shards.footprints import Footprints, corners, leaks
 from scalecv.shards.manifest import Overlap, Quarantine
 from scalecv.shards.record import Record
-from scalecv.shards.store import FACTS
+from scalecv.shards.store import put_facts
 
 _TOGETHER = 10_000
 
@@ -64,10 +62,7 @@ class Places:
         self._writer.close()
         if not self._paths:
             return Quarantine()
-        data = self._path.read_bytes()
-        sha256 = hashlib.sha256(data).hexdigest()
-        path = f"{FACTS}/{sha256}.parquet"
-        storage.put(storage.join(uri, path), data)
+        path, sha256 = put_facts(uri, self._path.read_bytes(), "parquet")
         return Quarantine(rows=len(self._paths), path=path, sha256=sha256)
 
     def _flush(self) -> None:

@@ -4,7 +4,6 @@ Rows stand in the order of the manifest's shards. The file is named by its hash 
 shards, and so the fingerprint, know nothing of it.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from scalecv import storage
 from scalecv.errors import DataError
 from scalecv.shards.manifest import Manifest, RowFacts
 from scalecv.shards.record import Record
-from scalecv.shards.store import FACTS, Dataset
+from scalecv.shards.store import Dataset, put_facts
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -65,10 +64,7 @@ class RowFactsWriter:
             self._writer.close()
         if self._writer is None or not self._is_whole:
             return RowFacts()
-        data = self._path.read_bytes()
-        sha256 = hashlib.sha256(data).hexdigest()
-        path = f"{FACTS}/{sha256}.parquet"
-        storage.put(storage.join(uri, path), data)
+        path, sha256 = put_facts(uri, self._path.read_bytes(), "parquet")
         return RowFacts(path=path, sha256=sha256)
 
     def _flush(self) -> None:

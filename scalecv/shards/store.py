@@ -79,6 +79,22 @@ def open_dataset(uri: str, version: int | None = None, cache: Cache | None = Non
     return Dataset(uri, chosen, manifests.decode(data, path), _cache_of(uri, cache))
 
 
+def put_facts(uri: str, data: bytes, ending: str) -> tuple[str, str]:
+    """Write facts below the dataset, named by their hash.
+
+    Args:
+        uri: the dataset.
+        data: the whole file.
+        ending: `json` or `parquet`.
+
+    Returns: its path below the dataset, and its SHA-256.
+    """
+    sha256 = hashlib.sha256(data).hexdigest()
+    path = f"{FACTS}/{sha256}.{ending}"
+    storage.put(storage.join(uri, path), data)
+    return path, sha256
+
+
 def _cache_of(uri: str, cache: Cache | None) -> NodeCache | None:
     if cache is None or not cache.dir or storage.is_local(uri):
         return None

@@ -101,7 +101,8 @@ def compare(
             tell(f"round {number + 1} of {rounds}: x{one.upscale.factor} {_method(one)}")
             turns[-1].append(_turn(one, dataset, seconds))
     rows = [_row(one, dataset, [turn[at] for turn in turns], turns) for at, one in enumerate(runs)]
-    metric = experiment.train.metric or f"val/{TASKS[experiment.task].headline}"
+    split = "val" if dataset.manifest.splits.get("val") else "test"
+    metric = experiment.train.metric or f"{split}/{TASKS[experiment.task].headline}"
     if epochs:
         for at, one in enumerate(runs):
             tell(f"{epochs} epochs: x{one.upscale.factor} {_method(one)}")

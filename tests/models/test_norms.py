@@ -4,12 +4,11 @@ import copy
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from scalecv.models import build_model
 from scalecv.models.norms import BatchNorm, FrozenBatchNorm2d, SyncBatchNorm, change_norm, groups_of
+from tests.pair import on_two_ranks
 
 
 def learns_from_batches(model):
@@ -79,9 +78,7 @@ def test_sync_is_batch_norm_for_one_worker():
     torch.testing.assert_close(sync.running_var, plain.running_var)
 
 
-def _half(rank, path, queue):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+def _half(rank):
     torch.manual_seed(0)
     layer = change_norm(nn.Sequential(nn.BatchNorm2d(3)), "sync")
     network = nn.parallel.DistributedDataParallel(layer)
@@ -91,8 +88,7 @@ def _half(rank, path, queue):
     out.pow(3).sum().backward()
     norm = layer[0]
     results = (out.detach(), share.grad, norm.weight.grad, norm.running_mean, norm.running_var)
-    queue.put((rank, *(value.tolist() for value in results)))
-    dist.destroy_process_group()
+    return [value.tolist() for value in results]
 
 
 def test_two_workers_on_cpus_normalise_like_one(tmp_path):
@@ -101,15 +97,7 @@ def test_two_workers_on_cpus_normalise_like_one(tmp_path):
     x = (torch.randn(4, 3, 5, 5) * 2 + 1).requires_grad_()
     out = layer(x)
     out.pow(3).sum().backward()
-    context = mp.get_context("spawn")
-    queue = context.SimpleQueue()
-    workers = [context.Process(target=_half, args=(rank, tmp_path / "meet", queue)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    got = dict((first, rest) for first, *rest in (queue.get(), queue.get()))
-    for worker in workers:
-        worker.join(60)
-        assert worker.exitcode == 0
+    got = on_two_ranks(_half, tmp_path)
     for place, expected in enumerate((out.detach(), x.grad)):
         joined = torch.tensor(got[0][place] + got[1][place])
         torch.testing.assert_close(joined, expected, atol=1e-5, rtol=1e-5)

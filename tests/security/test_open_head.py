@@ -11,6 +11,8 @@ from scalecv.errors import UserError
 from scalecv.submit import submit
 from tests.servers import BIN, end, free_port, wait_for
 
+pytestmark = pytest.mark.e2e
+
 
 @pytest.fixture
 def open_head(tmp_path):

@@ -2,8 +2,6 @@
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from scalecv.metrics import binned
 from scalecv.metrics.sums import over_ranks
@@ -11,6 +9,7 @@ from scalecv.schema import IGNORE
 from scalecv.tasks.evaluate import Evaluation, gather
 from scalecv.tasks.pictures import Sample
 from scalecv.tasks.segment import SEGMENT
+from tests.pair import on_two_ranks
 
 ROWS, KEPT = 12, 4
 
@@ -33,20 +32,11 @@ def scored(rows):
     return threshold, SEGMENT.summarise(found.sums, ["background", "roof"], threshold), shown
 
 
-def _rank(rank, path, queue):
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
-    queue.put(scored(list(range(6 * rank, 6 * rank + 6))))
-    dist.destroy_process_group()
+def of_rank(rank):
+    return scored(list(range(6 * rank, 6 * rank + 6)))
 
 
 def test_two_ranks_say_what_one_does(tmp_path):
-    context = mp.get_context("spawn")
-    queue = context.SimpleQueue()
-    workers = [context.Process(target=_rank, args=(rank, tmp_path / "meet", queue)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    found = [queue.get(), queue.get()]
-    for worker in workers:
-        worker.join(60)
+    found = on_two_ranks(of_rank, tmp_path)
     alone = scored(list(range(ROWS)))
     assert found == [alone, alone] and alone[0] != 0.5 and alone[1]["false_alarm_tiles"] > 0

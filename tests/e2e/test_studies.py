@@ -1,0 +1,83 @@
+"""Real tiles, whole experiments: what the shipped YAML reaches against what it has to beat. Minutes each."""
+
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from scalecv import config, raster
+from scalecv.serve.evaluate import evaluate
+from scalecv.shards.ingest import IngestOptions, ingest
+from scalecv.train.run import train
+
+pytestmark = [pytest.mark.e2e, pytest.mark.chaos, pytest.mark.timeout(3000)]
+EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
+FIVE = ("unet", "unetplusplus", "pspnet", "fpn", "deeplabv3plus")
+SEEDS = (0, 1, 2)
+
+
+def ingested(folder, to, *, test="test"):
+    """The tiles as a dataset; all of `train` trains, `test` is scored once."""
+    splits = {} if test == "test" else {test: "test"}
+    ingest(IngestOptions(source=str(folder), to=str(to), layout="masks", split="100/0/0", split_folders=splits))
+    return str(to)
+
+
+def run(name, folder, **keys):
+    """Train a shipped experiment in a folder of its own, and score its bundle on `test`."""
+    given = {"scale.workers": 0, "track.storage": str(folder / "runs"), "track.uri": f"sqlite:///{folder}/mlruns.db"}
+    experiment = config.load(str(EXPERIMENTS / name), given | {key.replace("__", "."): v for key, v in keys.items()})
+    result = train(experiment)
+    return evaluate(result.bundle, experiment.data.uri, split="test").metrics
+
+
+def pixels(folder):
+    """(bands [n, h, w, c] float32, masks [n, h, w] bool) of the tiles below a folder."""
+    files = sorted((folder / "images").iterdir())
+    images = np.stack([raster.read(path.read_bytes())[0] for path in files])
+    masks = np.stack([raster.read((folder / "masks" / path.name).read_bytes())[0] for path in files])
+    return images.astype(np.float32), masks[..., 0] > 0
+
+
+def colour_threshold(images, masks):
+    """The darkness and blueness from which on a pixel is a panel, with the best IoU of all pairs of 128 steps."""
+    edges = np.linspace(0, 256, 129), np.linspace(-64, 64, 129)
+    dark, blue = images[..., :3].mean(-1), images[..., 2] - images[..., 0]
+    counts = [np.histogram2d(dark[where], blue[where], edges)[0] for where in (masks, ~masks)]
+    hits, alarms = (c.cumsum(0)[:, ::-1].cumsum(1)[:, ::-1] for c in counts)
+    best = np.unravel_index(np.argmax(hits / (masks.sum() + alarms)), hits.shape)
+    return edges[0][best[0] + 1], edges[1][best[1]]
+
+
+def threshold_iou(folder):
+    """IoU in the other place of thresholds that were fitted to the training tiles."""
+    darkest, bluest = colour_threshold(*pixels(folder / "train"))
+    images, truth = pixels(folder / "other_place")
+    found = (images[..., :3].mean(-1) < darkest) & (images[..., 2] - images[..., 0] >= bluest)
+    return (found & truth).sum() / (found | truth).sum()
+
+
+@pytest.mark.parametrize("arch", FIVE)
+def test_panels_of_another_place_are_found_better_than_by_colour(shared_data, tmp_path, arch):
+    folder = shared_data("pv4band")
+    data = ingested(folder, tmp_path / "pv", test="other_place")
+    metrics = run("pv_unet.yaml", tmp_path, data__uri=data, model__arch=arch)
+    print(arch, metrics["iou"], threshold_iou(folder))
+    assert metrics["iou"] > max(threshold_iou(folder), metrics["trivial_iou"])
+
+
+def test_water_is_found_as_well_as_by_a_plain_script(shared_data, tmp_path):
+    folder = shared_data("water12")
+    data = ingested(folder, tmp_path / "water")
+    ours, plain = [], []
+    for seed in SEEDS:
+        ours.append(run("water_unet.yaml", tmp_path, data__uri=data, seed=seed, name=f"water-{seed}")["iou"])
+        command = [sys.executable, "-m", "tests.reference.plain_segmentation", folder, "--seed", str(seed), "--json"]
+        plain.append(json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["iou"])
+    print(ours, plain)
+    noise = (statistics.variance(ours) / len(SEEDS) + statistics.variance(plain) / len(SEEDS)) ** 0.5
+    assert statistics.mean(ours) >= statistics.mean(plain) - 2 * noise
