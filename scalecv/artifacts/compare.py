@@ -171,12 +171,18 @@ def _at_first(a: Record, b: Record, kind: str, keys: list[str] | tuple[str, ...]
 
 
 def _flat(record: Record) -> dict[str, str]:
-    """Keys and values with defaults filled in, so that a key that came later is no difference by itself."""
+    """Keys and values with defaults filled in, so that a key that came later is no difference by itself.
+
+    For train.micro_batch=auto stands what was found.
+    """
     try:
         tree = build(record.experiment, record.name).model_dump(mode="json")
     except ConfigError:
         tree = record.experiment  # of a version whose keys this one does not know
-    return {key: _text(value) for key, value in flatten(tree).items() if value != {}}
+    flat = {key: _text(value) for key, value in flatten(tree).items() if value != {}}
+    if flat.get("train.micro_batch") == "auto" and record.micro_batch:
+        flat["train.micro_batch"] = str(record.micro_batch)
+    return flat
 
 
 def _different(kind: str, key: str, a: str | None, b: str | None) -> Iterator[Difference]:

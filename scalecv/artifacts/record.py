@@ -32,6 +32,12 @@ class Record:
     curves: dict[str, dict[int, float]]
     """Of each of CURVES, the value by update."""
 
+    @property
+    def micro_batch(self) -> int | None:
+        """Images at a time that train.micro_batch=auto found; None where it was not looked for."""
+        found = self.metrics.get("system/micro_batch")
+        return None if found is None else int(found)
+
 
 def read_record(run: str, experiment: str = "scalecv", uri: str | None = None) -> Record:
     """The record of `runs:/ID`, an ID, or the newest run of a name.

@@ -15,7 +15,8 @@ import torch
 from torch import distributed as dist
 
 from scalecv.artifacts.bundle import UpscaleFacts
-from scalecv.batches.feed import Epoch, Feed
+from scalecv.batches.epoch import Epoch
+from scalecv.batches.feed import Feed
 from scalecv.batches.plan import order_sum
 from scalecv.config import Experiment
 from scalecv.errors import ScalecvError

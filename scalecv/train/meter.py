@@ -9,7 +9,7 @@ from torch import distributed as dist
 from scalecv.train.times import PARTS
 
 if TYPE_CHECKING:
-    from scalecv.batches.feed import Damaged, Epoch
+    from scalecv.batches.epoch import Damaged, Epoch
     from scalecv.train.loop import Setup, State
     from scalecv.train.times import Times
 

@@ -203,7 +203,7 @@ def _check_ended(record: Record) -> None:
 
 
 def _again(record: Record, to: str | None, overrides: dict[str, Any]) -> Experiment:
-    """The recorded experiment under its new name, with data version and threads as they were."""
+    """The recorded experiment under its new name, with data version, threads and micro-batches as they were."""
     fixed = [key for key in overrides if not key.startswith(MAY_CHANGE)]
     if fixed:
         raise ConfigError(
@@ -220,6 +220,8 @@ def _again(record: Record, to: str | None, overrides: dict[str, Any]) -> Experim
     threads = record.tags.get("scalecv.threads", "")
     if recorded.train.threads is None and not recorded.train.exact and threads.isdigit():
         pinned["train.threads"] = int(threads)
+    if recorded.train.micro_batch == "auto" and record.micro_batch and "scale.workers" not in overrides:
+        pinned["train.micro_batch"] = record.micro_batch
     return build(with_overrides(record.experiment, {**pinned, **overrides}), where)
 
 

@@ -75,6 +75,15 @@ def test_threads_are_those_of_the_record_and_others_are_named(shapes):
         assert result.because == "hardware" and result.first_step is not None
 
 
+def test_micro_batches_are_those_that_the_record_found(shapes):
+    first = train(shapes(train__epochs=1, train__micro_batch="auto", model__norm="group"))
+    found = read_record(first.run_id)
+    assert found.experiment["train"]["micro_batch"] == "auto" and found.micro_batch == 16
+    result = reproduce(first.run_id)
+    assert result.verdict == "identical" and result.differences == []
+    assert read_record(result.run_id).experiment["train"]["micro_batch"] == 16
+
+
 NETWORK = (
     "from torch import nn\n"
     "def build(in_channels, outputs):\n"
