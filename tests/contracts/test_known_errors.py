@@ -1,7 +1,18 @@
 """Errors that trainings of this kind are known for, one test each; what one already guards elsewhere is not repeated.
 
-Elsewhere: a sigmoid asked for by model.args (tests/models/test_build.py), gradients on empty tiles and at large logits
-(tests/models/test_losses.py), early stopping at the exact epoch (tests/train/test_optim.py).
+Elsewhere:
+- a sigmoid asked for by model.args, and networks that cannot take the size or the bands: tests/models/test_build.py,
+  test_dry_run.py
+- no gradient on empty tiles, infinite ones at large logits: tests/models/test_losses.py
+- a fourth band that silently gets red's weights: tests/models/test_bands.py
+- statistics of a batch of one: tests/models/test_norms.py
+- a subset of a class-sorted source that holds two classes: tests/batches/test_sampling.py
+- bands that are only cast, or nodata that counts: tests/batches/test_radiometry.py, tests/metrics/test_confusion.py
+- neighbouring tiles in two splits: tests/train/test_leaks.py, tests/shards/test_ingest_scenes.py; frames of one object:
+  tests/shards/test_plan.py
+- scores at two and four times the side compared with native ones: tests/train/test_upscale.py
+- decoding that waits for the step, and the step for decoding: tests/batches/test_feed.py
+- memory that is guessed, not measured: tests/train/test_micro_batch.py
 """
 
 import json
@@ -20,6 +31,7 @@ from scalecv.tasks import TASKS
 from scalecv.train import checkpoint, runs
 from scalecv.train.run import train
 from tests.small import write_net
+from tests.train import ranks
 
 PIXELS = """
 from torch import nn
@@ -140,3 +152,13 @@ def test_a_test_split_that_decides(shapes, shapes_dataset, tmp_path):
     events = spool.read(next(folder.rglob("spool.jsonl")))[0]
     names = [name for event in events if event["kind"] == "metrics" for name in event["metrics"]]
     assert names.count("val/accuracy") == 2 and not any(name.startswith("test/") for name in names)
+
+
+def test_ranks_that_disagree_on_when_to_stop(fields, tmp_path):
+    """Each rank sees other rows; the end of training, and the rate, come from the sums over all of them."""
+    keys = {"train__early_stop_patience": 1, "train__early_stop_min_delta": 2.0, "train__schedule": "plateau"}
+    experiment = fields(name="agreed", train__epochs=9, **keys)
+    ends, said = ranks.ended(ranks.start(experiment, 2, tmp_path))
+    assert ends == [0, 0], said
+    events = spool.read(next(tmp_path.rglob("spool.jsonl")))[0]
+    assert sum(bool(event.get("is_epoch_end")) for event in events) == 2
