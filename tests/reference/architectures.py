@@ -3,7 +3,7 @@
     python -m tests.reference.architectures --to docs/benchmarks/architectures.md
 
 Small encoders, 4 bands, 3 classes, 128x128 px (pan needs more than 64). An export counts where what it gives equals the
-network; without onnx, onnxscript and onnxruntime the table says how far it got.
+network.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from importlib.util import find_spec
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -28,14 +28,13 @@ ENCODERS = {"dpt": "tu-vit_tiny_patch16_224", "segformer": "mit_b0"}
 """Where the smallest encoder that all others take, resnet18, is not possible or not usual."""
 HEAD = """# Segmentation architectures
 
-`python -m tests.reference.architectures --to docs/benchmarks/architectures.md` tries each one: {bands} bands, {classes}
-classes, {side}x{side} px, on a CPU with torch {torch}{onnx}. GFLOPs are those of one image
-(forward pass, two for each multiply-add).
+`python -m tests.reference.architectures --to docs/benchmarks/architectures.md` tries each one: {bands} bands,
+{classes} classes, {side}x{side} px, on a CPU with torch {torch}, onnx {onnx}, onnxruntime {runtime}. GFLOPs are those
+of one image (forward pass, two for each multiply-add).
 
 - Training step: loss and all gradients are finite, and an update changes what has a gradient; weights without one
   are counted.
-- ONNX: the file gives the logits of the network. Without the package `onnx` torch's older exporter (`dynamo=False`,
-  opset 17) still converts a network, and only then fails for want of it: those are "converts, not written".
+- ONNX: the file that `torch.onnx.export(dynamo=True)` wrote gives the logits of the network in ONNX Runtime.
 - torch.export: the program, written and read again, gives the logits of the network.
 
 | `model.arch` | `model.encoder` | parameters (M) | GFLOPs | training step | ONNX | torch.export |
@@ -74,24 +73,13 @@ def trains(arch: str) -> str:
 
 
 def to_onnx(arch: str) -> str:
-    """yes, if the file gives the logits of the network; how far it got, if packages are missing; else why not."""
+    """yes, if the file gives the logits of the network; else why not."""
+    import onnxruntime
+
     model, images = network(arch)[0].eval(), torch.randn(2, BANDS, SIDE, SIDE)
-    is_new = bool(find_spec("onnx") and find_spec("onnxscript"))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
-        if is_new:
-            torch.onnx.export(model, (images,), str(file), dynamo=True, external_data=False)
-        else:
-            try:
-                torch.onnx.export(model, (images,), str(file), dynamo=False, opset_version=17)
-            except torch.onnx.OnnxExporterError as error:
-                if "onnx is not installed" in str(error):
-                    return "converts, not written"
-                raise
-        if not find_spec("onnxruntime"):
-            return f"written ({file.stat().st_size / 1e6:.0f} MB), not run"
-        import onnxruntime
-
+        torch.onnx.export(model, (images,), str(file), dynamo=True, external_data=False, verbose=False)
         session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
         (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
     with torch.no_grad():
@@ -144,9 +132,8 @@ def main() -> None:
         began = time.perf_counter()
         rows.append(row(arch))
         print(f"{rows[-1]}  ({time.perf_counter() - began:.0f} s)", file=sys.stderr, flush=True)
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if not find_spec(name)]
-    onnx = f", without {', '.join(missing)}" if missing else ""
-    head = HEAD.format(bands=BANDS, classes=CLASSES, side=SIDE, torch=torch.__version__.split("+")[0], onnx=onnx)
+    versions = {"torch": version("torch").split("+")[0], "onnx": version("onnx"), "runtime": version("onnxruntime")}
+    head = HEAD.format(bands=BANDS, classes=CLASSES, side=SIDE, **versions)
     text = head + "\n".join(rows) + "\n"
     if given.to:
         given.to.write_text(text)
