@@ -8,6 +8,7 @@ from scalecv.artifacts.record import Record, read_record
 from scalecv.errors import UserError, nearest
 from scalecv.tasks import TASKS
 from scalecv.tasks.charts import BLUE, GRID, INK, ORANGE, figure, png, short
+from scalecv.tasks.task import is_cost
 
 COSTS = {
     "latency_ms": "system/latency_p50_ms",
@@ -73,7 +74,7 @@ def of_records(records: Sequence[Record], x: str, metric: str | None = None) -> 
     if len(records) < 2:
         raise UserError("pareto needs at least two runs: name each as runs:/ID or by its name")
     metric = metric or f"val/{TASKS[str(records[0].experiment['task'])].headline}"
-    larger = not metric.endswith("loss")
+    larger = not is_cost(metric)
     sign = 1 if larger else -1
     found = [(_cost(one, x), sign * _quality(one, metric), one) for one in records]
     places = [(cost, good) for cost, good, _ in found]

@@ -50,7 +50,7 @@ def sample(
     picture, missing = image_of(array, nodata, how)
     if target is not None and missing is not None:
         target[torch.from_numpy(missing)] = IGNORE
-    keeps = u is not None and missing is not None and how.augment.changes_bands
+    keeps = u is not None and missing is not None and how.augment.changes_values
     planes = transforms.with_missing(target, torch.from_numpy(missing) if keeps else None)
     if how.size_px and share is None:
         picture, planes = transforms.resize(picture, planes, how.size_px, how.resize, out)

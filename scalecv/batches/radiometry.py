@@ -51,11 +51,11 @@ def change_bands(
     if u[21] < how.band_drop:
         band = int(u[22] * len(image))
         changed = torch.cat([changed[:band], middle[band].expand_as(changed[:1]), changed[band + 1 :]])
-    whole = _as(changed, image.dtype)
+    whole = in_dtype(changed, image.dtype)
     return whole if missing is None else torch.where(missing, image, whole)
 
 
-def _as(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def in_dtype(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Values in a dtype: rounded, and cut off where it ends."""
     if dtype.is_floating_point:
         return values.to(dtype)

@@ -95,6 +95,13 @@ def weights(counts: np.ndarray, targets: np.ndarray, most: float) -> np.ndarray:
         targets: float64 [kinds], what each is to have of the draws, in any unit; kinds without rows get none.
         most: largest of the draws of a row; what it takes from a kind goes to the others by their part.
     """
+    rows = np.maximum(counts, 1)
     wanted = np.where(counts > 0, targets, 0.0)
-    each = np.minimum(wanted / wanted.sum() * counts.sum() / np.maximum(counts, 1), most)
-    return np.asarray(np.round(each * STEPS).astype(np.int64))
+    each, is_full = np.zeros(len(counts)), np.zeros(len(counts), bool)
+    while True:  # at most once for each kind
+        left = counts.sum() - most * counts[is_full].sum()
+        each = np.where(is_full, most, wanted / max(wanted[~is_full].sum(), 1e-300) * left / rows)
+        fuller = is_full | ((each > most) & (counts > 0))
+        if (fuller == is_full).all():
+            return np.asarray(np.round(each * STEPS).astype(np.int64))
+        is_full = fuller

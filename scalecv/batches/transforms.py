@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from scalecv.batches.radiometry import change_bands
+from scalecv.batches.radiometry import change_bands, in_dtype
 from scalecv.config import Augment
 from scalecv.schema import IGNORE
 
@@ -138,7 +138,8 @@ def recolour(
         missing: bool [H, W], pixels without data.
     """
     if how.brightness or how.contrast:
-        image = _photometric(image, 1 + how.brightness * (2 * u[13] - 1), 1 + how.contrast * (2 * u[14] - 1))
+        changed = _photometric(image, 1 + how.brightness * (2 * u[13] - 1), 1 + how.contrast * (2 * u[14] - 1))
+        image = changed if missing is None else torch.where(missing, image, changed)
     image = change_bands(image, how, u, mean, std, missing)
     return _erase(image, u[16:19]) if u[15] < how.erase else image
 
@@ -193,7 +194,7 @@ def _photometric(image: torch.Tensor, brightness: float, contrast: float) -> tor
     changed = image.float() * brightness
     mean = changed.mean((-2, -1), keepdim=True)
     changed = (changed - mean) * contrast + mean
-    return changed.round().clamp(0, 255).to(torch.uint8) if image.dtype == torch.uint8 else changed.to(image.dtype)
+    return in_dtype(changed, image.dtype)
 
 
 def _erase(image: torch.Tensor, u: np.ndarray) -> torch.Tensor:

@@ -51,6 +51,11 @@ class Augment(Frozen):
         """Whether values are changed in units of the dataset's bands."""
         return any((self.noise, self.blur_px, self.band_gain, self.band_offset, self.band_drop))
 
+    @property
+    def changes_values(self) -> bool:
+        """Whether values are changed at all; those without data then have to be known."""
+        return self.changes_bands or bool(self.brightness or self.contrast)
+
     @field_validator("resized_crop")
     @classmethod
     def _share(cls, v: tuple[float, float] | None) -> tuple[float, float] | None:

@@ -55,9 +55,9 @@ class Train(Frozen):
     metric: str | None = None
     """Metric that decides what is best, such as val/macro_accuracy; empty takes the task's own."""
     threshold: Annotated[float, Field(gt=0, lt=1)] | Literal["tuned"] | None = None
-    """Probability from which on two classes are told as the second, to 1/4096. tuned: the best of the validation split
-    for the best weights (by iou for segment, accuracy for classify), kept in the bundle; until then 0.5. Empty: tuned
-    for segment, 0.5 for classify."""
+    """Probability from which on two classes are told as the second, to 1/4096 (finer near 0 and 1). tuned: the best of
+    the validation split for the best weights (by iou for segment, accuracy for classify), kept in the bundle; until
+    then 0.5. Empty: tuned for segment, 0.5 for classify."""
     threads: int | None = Field(None, ge=1)
     """CPU threads of torch in each worker; empty means its share of the cores."""
 

@@ -1,13 +1,14 @@
 """Probabilities of two classes counted in fixed bins, and every number that follows from the counts at any threshold.
 
-Counts are int64 [2, BINS]: truth in rows (negative, positive), bins of equal width over 0..1. They add up over batches
-and ranks in 64 kB, however many pixels there are. A threshold is a multiple of 1 / BINS, and a pixel (or row) is
-positive where its probability is at least the threshold: BINS is a power of two, so both are exact in float32, and the
-confusion matrix at a threshold is that of the predictions, not an estimate. What ranks within a bin, such as average
-precision, takes a bin as one tie. What is 0/0 is 0.
+Counts are int64 [2, BINS]: truth in rows (negative, positive). They add up over batches and ranks in 76 kB, however
+many pixels there are. EDGES are multiples of 1/4096, and towards 0 and 1, where a sure network has most of its pixels,
+16 in each halving of what is left. A threshold is an edge, and a pixel (or row) is positive where its probability is
+at least the threshold: edges are exact in float32, so the confusion matrix at a threshold is that of the predictions,
+not an estimate. What ranks within a bin, such as average precision, takes a bin as one tie. What is 0/0 is 0.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -15,14 +16,31 @@ from torch import Tensor
 from scalecv.metrics.confusion import joint
 from scalecv.schema import IGNORE
 
-BINS = 4096
 GROUPS = 16
-"""Bars of the reliability diagram, each of BINS / GROUPS bins."""
+"""Bars of the reliability diagram, each of an equal part of 0..1."""
+_STEPS, _HALVINGS, _FLOAT32 = 4096, 40, 2**24
+
+
+def _edges() -> Tensor:
+    """Lower edges of the bins, float64, ascending from 0; all exact in float32, and no larger number below 1 is."""
+    low = [2.0**-halving * (1 + step / 16) for halving in range(9, _HALVINGS) for step in range(16)]
+    high = [1 - edge for edge in low if (edge * _FLOAT32).is_integer()]
+    even = [step / _STEPS for step in range(_STEPS)]
+    return torch.tensor(sorted({*low, *high, *even}), dtype=torch.float64)
+
+
+EDGES = _edges()
+BINS = len(EDGES)
+
+
+@lru_cache(maxsize=8)
+def _edges_on(device: torch.device) -> Tensor:
+    return EDGES.float().to(device)
 
 
 def bins(p: Tensor) -> Tensor:
     """The bin of each probability, int64; what is not a number lies in bin 0."""
-    return (torch.nan_to_num(p.float()) * BINS).long().clamp(0, BINS - 1)
+    return (torch.bucketize(torch.nan_to_num(p.float()), _edges_on(p.device), right=True) - 1).clamp(0)
 
 
 def counts(p: Tensor, target: Tensor, valid: Tensor) -> Tensor:
@@ -45,14 +63,19 @@ def highest_of_empty(p: Tensor, target: Tensor, valid: Tensor) -> Tensor:
     return torch.bincount(torch.where(is_empty, top + 1, 0), minlength=BINS + 1)[1:]
 
 
+def place(threshold: float) -> int:
+    """The bin that begins nearest to a threshold, but for the one that begins at 0."""
+    return 1 + int((EDGES[1:] - threshold).abs().argmin())
+
+
 def on_grid(threshold: float) -> float:
-    """The nearest multiple of 1 / BINS between 0 and 1, both left out."""
-    return min(max(round(threshold * BINS), 1), BINS - 1) / BINS
+    """The nearest edge of a bin between 0 and 1, both left out."""
+    return float(EDGES[place(threshold)])
 
 
 def confusion_at(binned: Tensor, threshold: float) -> Tensor:
     """int64 [2, 2], truth in rows, of calling positive what has at least this probability."""
-    at = round(threshold * BINS)
+    at = place(threshold)
     return torch.stack([binned[:, :at].sum(1), binned[:, at:].sum(1)], 1)
 
 
@@ -69,12 +92,12 @@ class Curve:
 
 
 def curve(binned: Tensor) -> Curve:
-    """Precision, recall, F1, IoU and accuracy at each multiple of 1 / BINS from 0 on."""
+    """Precision, recall, F1, IoU and accuracy at each edge from 0 on."""
     above = binned.cpu().double().flip(1).cumsum(1).flip(1)
     false, hit = above[0], above[1]
     negatives, positives = above[0, 0], above[1, 0]
     return Curve(
-        threshold=torch.arange(BINS, dtype=torch.float64) / BINS,
+        threshold=EDGES,
         precision=_ratio(hit, hit + false),
         recall=_ratio(hit, positives.expand(BINS)),
         f1=_ratio(2 * hit, hit + false + positives),
@@ -101,14 +124,15 @@ def best_threshold(binned: Tensor, measure: str) -> float:
 def calibration(binned: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean probability, share of positives and count of each of GROUPS equal parts of 0..1, float64 [GROUPS].
 
-    Mean probabilities are those of bin centres, so right to 1 / (2 BINS).
+    Mean probabilities are those of the middles of bins, so right to 1/8192.
     """
     whole = binned.cpu().double()
-    centres = (torch.arange(BINS, dtype=torch.float64) + 0.5) / BINS
-    rows = whole.sum(0).view(GROUPS, -1)
-    said = (whole.sum(0) * centres).view(GROUPS, -1).sum(1)
-    true = whole[1].view(GROUPS, -1).sum(1)
-    total = rows.sum(1)
+    middles = (EDGES + torch.cat([EDGES[1:], EDGES.new_ones(1)])) / 2
+    group = (EDGES * GROUPS).long()
+    said, true, total = (
+        torch.zeros(GROUPS, dtype=torch.float64).index_add_(0, group, values)
+        for values in (whole.sum(0) * middles, whole[1], whole.sum(0))
+    )
     return _ratio(said, total), _ratio(true, total), total
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from scalecv import storage
 from scalecv.artifacts import bundle, tracking
-from scalecv.errors import ConfigError
+from scalecv.errors import ConfigError, DataError
 from scalecv.serve.evaluate import check
 from scalecv.shards.store import open_dataset
 
@@ -98,6 +98,11 @@ def rank_bands(
             "those of models for classify and segment"
         )
     check(opened, dataset.manifest, dataset_uri, split)
+    if dataset.manifest.splits[split] < 2:
+        raise DataError(
+            f"{storage.without_secrets(dataset.uri)} has one row in {split}: a band's pixels are taken from another "
+            "row, so two are needed; take another --split"
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pixels = opened.pixels()
     task = task_for(opened.facts.task, pixels, opened.facts.call.arch, opened.facts.call.args)

@@ -156,10 +156,10 @@ class Worker:
         facts, how = self._predictor.facts, self._job.probability
         values = np.array(facts.pixels.mask_values or range(len(facts.classes)))
         nodata = _nodata(facts.pixels.mask_ignore, values)
-        kind = np.result_type(np.min_scalar_type(int(values.max())), np.min_scalar_type(nodata))
+        kind = np.result_type(*(np.min_scalar_type(int(one)) for one in (values.min(), values.max(), nodata)))
         rows = self._predictor.segment(image.profile, image.read)
         tags = {"classes": json.dumps(dict(zip(values.tolist(), facts.classes, strict=True)))}
-        if not image.is_raster and how is None:
+        if not image.is_raster and how is None and kind.kind == "u":
             whole = np.concatenate([_classes(some, values, nodata, kind)[0] for some in rows])
             local = folder / "classes.png"
             local.write_bytes(_png(whole))

@@ -31,7 +31,7 @@ def precision_recall_png(counts: Tensor, threshold: float, title: str) -> bytes:
     axes.plot(found.recall[seen], found.precision[seen], color=BLUE, linewidth=1.6)
     share = float(counts[1].sum()) / max(1, int(counts.sum()))
     axes.axhline(share, color="#999999", linewidth=0.8, linestyle="--", label=f"chance {share:.3f}")
-    at = round(threshold * binned.BINS)
+    at = binned.place(threshold)
     label = f"threshold {threshold:.3f}: {float(found.precision[at]):.3f}, {float(found.recall[at]):.3f}"
     axes.plot(found.recall[at], found.precision[at], "o", color=RED, markersize=7, label=label, clip_on=False)
     return _done(axes)
@@ -43,7 +43,7 @@ def thresholds_png(counts: Tensor, threshold: float, title: str) -> bytes:
     axes = _page(f"{title}: scores by threshold", "threshold", "")
     lines = (("F1", found.f1, BLUE), ("IoU", found.iou, GREEN), ("precision", found.precision, ORANGE))
     for name, values, colour in (*lines, ("recall", found.recall, "#999999")):
-        at = float(values[round(threshold * binned.BINS)])
+        at = float(values[binned.place(threshold)])
         axes.plot(found.threshold[1::8], values[1::8], color=colour, linewidth=1.4, label=f"{name} {at:.3f}")
     axes.axvline(threshold, color=RED, linewidth=1, label=f"threshold {threshold:.3f}")
     return _done(axes)

@@ -90,7 +90,7 @@ def _of_two(two: Mapping[str, Tensor], matrix: Tensor, threshold: float) -> dict
     any pixel is called foreground.
     """
     empty = two["empty"]
-    alarms = empty[round(threshold * binned.BINS) :].sum()
+    alarms = empty[binned.place(threshold) :].sum()
     return {
         "average_precision": binned.average_precision(two["probabilities"]),
         "calibration_error": binned.calibration_error(two["probabilities"]),

@@ -20,6 +20,15 @@ from scalecv.tasks.pictures import Sample
 Batch = Mapping[str, Any]
 
 
+COSTS = ("calibration_error", "false_positives_per_tile", "false_alarm_tiles", "is_trivial")
+"""Metrics besides losses of which less is better."""
+
+
+def is_cost(metric: str) -> bool:
+    """Whether less of a metric, such as val/loss, is better."""
+    return metric.endswith("loss") or metric.rpartition("/")[2] in COSTS
+
+
 def as_it_is(batch: Batch) -> dict[str, Any]:
     """What most tasks do to a batch before the network sees it."""
     return dict(batch)

@@ -24,7 +24,7 @@ class Dropped:
     value: float
     """Of the run's metric, at its best epoch."""
     lost: float
-    """What the metric lost against all bands; one seed, so a small number is noise."""
+    """What the metric lost against all bands, or a loss gained; one seed, so a small number is noise."""
 
 
 def drop_bands(
@@ -36,18 +36,22 @@ def drop_bands(
     Raises: ConfigError: one band only, or no val split to compare on.
     """
     from scalecv.tasks import TASKS
+    from scalecv.tasks.task import is_cost
 
     metric = experiment.train.metric or f"val/{TASKS[experiment.task].headline}"
+    manifest = open_dataset(experiment.data.uri, experiment.data.version).manifest
+    if metric.startswith("val/") and not manifest.splits.get("val"):
+        raise ConfigError(
+            f"{experiment.data.uri} has no val split to compare bands on: ingest with --split 80/10/10, or with "
+            "--split-folder FOLDER=val; nothing was started"
+        )
+    sign = -1 if is_cost(metric) else 1
     found: list[Dropped] = []
     for band, one in runs_without(experiment):
         tell({"kind": "progress", "message": f"{one.name}: {f'without band {band}' if band else 'all bands'}"})
         result = train(one, code_dirs=code_dirs, allow_import=True, tell=tell)
-        if metric not in result.metrics:
-            raise ConfigError(
-                f"{one.name} has no {metric}: {experiment.data.uri} needs a val split to compare bands on"
-            )
         value = result.metrics[metric]
-        found.append(Dropped(band, one.name, result.run_id, value, found[0].value - value if found else 0.0))
+        found.append(Dropped(band, one.name, result.run_id, value, sign * (found[0].value - value) if found else 0.0))
     return metric, (found[0], *sorted(found[1:], key=lambda run: -run.lost))
 
 

@@ -24,7 +24,7 @@ from scalecv.models.recompute import recompute_blocks
 from scalecv.models.upscalers import factor_of
 from scalecv.shards.store import Dataset, open_dataset
 from scalecv.tasks import task_for
-from scalecv.tasks.task import Task
+from scalecv.tasks.task import Task, is_cost
 from scalecv.train import checkpoint, exact, loop, upscaler
 from scalecv.train.checks import SHARDS
 from scalecv.train.finish import finish
@@ -156,7 +156,7 @@ def _setup(
         counts = manifest.class_counts.get("train", {})
         weights = balanced_weights([counts.get(name, 0) for name in manifest.classes]).to(device)
     metric = experiment.train.metric or (f"val/{task.headline}" if "val" in feeds else "train/loss")
-    larger = not metric.endswith("loss")
+    larger = not is_cost(metric)
 
     upscale = upscaler.find(experiment)
 

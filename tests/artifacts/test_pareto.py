@@ -7,6 +7,7 @@ import pytest
 from scalecv.artifacts.pareto import of_records
 from scalecv.artifacts.record import Record
 from scalecv.errors import UserError
+from scalecv.tasks.task import is_cost
 from tests.small import shapes, shapes_dataset
 
 __all__ = ["shapes", "shapes_dataset"]
@@ -41,6 +42,12 @@ def test_the_front_by_hand(x, metric):
     assert (found.points[0].name, found.points[-1].name) == ("small", "large")
     assert {one.name for one in found.points if one.is_front} == {"small", "middle", "twin", "large"}
     assert found.metric == (metric or "val/iou") and found.note == ""
+
+
+def test_of_errors_and_losses_less_is_better():
+    assert [is_cost(f"val/{name}") for name in ("loss", "calibration_error", "false_positives_per_tile", "iou")] == [
+        True, True, True, False,
+    ]  # fmt: skip
 
 
 def test_measured_on_two_machines_is_said_and_what_is_missing_refused():

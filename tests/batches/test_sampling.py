@@ -146,6 +146,10 @@ def test_the_order_of_draws_is_frozen():
 
 def test_a_rare_kind_is_not_drawn_beyond_reason():
     assert weights(np.array([999_999, 1]), np.array([0.5, 0.5]), 100.0)[1] == 100 * STEPS
+    counts = np.array([19_000, 4, 0, 996])
+    each = weights(counts, np.array([0.1, 0.6, 0.2, 0.1]), 10.0)
+    assert each[1] == each[3] == 10 * STEPS, "what one may not have goes to the others, up to their own limit"
+    assert int((each * counts).sum()) == pytest.approx(counts.sum() * STEPS, rel=1e-4), "as many draws as rows"
 
 
 def test_classes_come_equally_often_and_each_draw_looks_different(folders):

@@ -25,6 +25,15 @@ def augment(image, mask, how, u, size_px):
     return recolour(image, how, u, [100.0] * len(image), [50.0] * len(image)), mask
 
 
+def test_brightness_is_cut_off_where_a_dtype_ends_and_leaves_what_has_no_data():
+    bright = torch.full((2, 4, 4), 25_000, dtype=torch.int16)
+    missing = torch.zeros(4, 4, dtype=torch.bool)
+    missing[0] = True
+    u = np.full(transforms.DRAWS, 0.999)
+    changed = transforms.recolour(bright, Augment(brightness=0.5), u, [0.0, 0.0], [1.0, 1.0], missing)
+    assert (changed[:, 0] == 25_000).all() and (changed[:, 1:] == 32_767).all()
+
+
 def test_draws_are_frozen_and_uniform():
     u = draws(3, 5, "abc")
     assert u.shape == (DRAWS,)

@@ -1,6 +1,7 @@
 """Which bands a model leans on: the one that tells, then noise, and a constant one exactly not."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,9 +9,10 @@ from typer.testing import CliRunner
 
 from scalecv import config
 from scalecv.cli.main import app
+from scalecv.errors import ConfigError, DataError
 from scalecv.serve.bands import rank_bands
 from scalecv.shards.ingest import IngestOptions, ingest
-from scalecv.train.drop_bands import runs_without
+from scalecv.train.drop_bands import drop_bands, runs_without
 from scalecv.train.run import train
 
 
@@ -70,3 +72,34 @@ def test_trainings_without_a_band_have_names_of_their_own(trained):
     assert [one.name for one in runs.values()] == ["bands", *(f"bands-without-{band}" for band in (1, 2, 3))]
     assert runs[2].data.bands == (1, 3) and runs[None].data.bands == experiment.data.bands
     assert json.loads(runs[2].model_dump_json())["train"] == json.loads(experiment.model_dump_json())["train"]
+
+
+def test_trained_without_the_band_that_tells_the_loss_grows_most(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    experiment, _, _ = trained
+    keys = {"name": "dropped", "train.metric": "val/loss", "track.storage": str(tmp_path / "runs")}
+    tree = config.with_overrides(experiment.model_dump(mode="json"), keys)
+    metric, found = drop_bands(config.build(tree, "test"))
+    assert metric == "val/loss" and [one.band for one in found][:2] == [None, 3]
+    assert found[1].lost == pytest.approx(found[1].value - found[0].value) and found[1].lost > 0.1
+
+
+def test_nothing_to_compare_with_is_said_before_the_start(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    experiment, model, _ = trained
+    for split, count in (("train", 4), ("test", 1)):
+        for row in range(count):
+            file = tmp_path / "few" / split / ("low", "high")[row % 2] / f"{row}.tif"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(
+                (Path(experiment.data.uri).parent / f"tiles/train/{file.parent.name}/{row}.tif").read_bytes()
+            )
+    data = str(tmp_path / "data")
+    ingest(IngestOptions(source=str(tmp_path / "few"), to=data, layout="imagefolder", split="100/0/0", concurrency=0))
+    keys = {"name": "none", "data.uri": data, "track.storage": str(tmp_path / "runs")}
+    tree = config.with_overrides(experiment.model_dump(mode="json"), keys)
+    with pytest.raises(ConfigError, match="has no val split to compare bands on"):
+        drop_bands(config.build(tree, "test"))
+    assert not (tmp_path / "runs").exists()
+    with pytest.raises(DataError, match="one row in test"):
+        rank_bands(model, data, split="test")

@@ -123,6 +123,15 @@ def test_real_rasters_keep_their_georeference(made, shared_data, tmp_path, name,
         assert share.max() <= 254 and np.where(classes == 1, share >= 127, share <= 127).all()
 
 
+def test_classes_below_zero_are_written_as_they_are(made, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (2, 16, 16), dtype=np.uint8)
+    with rasterio.open(tmp_path / "a.tif", "w", driver="GTiff", width=16, height=16, count=2, dtype="uint8") as file:
+        file.write(pixels)
+    run(made("segment", 2, "uint8", values=(-1, 1)), tmp_path / "a.tif", tmp_path / "out")
+    found, *_ = opened(next((tmp_path / "out").glob("*.tif")))
+    assert found.dtype == np.int16 and set(np.unique(found)) <= {-1, 1}
+
+
 def test_photographs_give_png_and_bad_files_are_set_aside(made, tmp_path):
     write(tmp_path / "s", "a.png", png(1, (70, 50)))
     write(tmp_path / "s", "b.jpg", _jpeg(90, 64))
