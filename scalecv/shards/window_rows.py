@@ -7,7 +7,7 @@ a scene that is smaller is filled up with a value that means no data.
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 import numpy as np
@@ -169,7 +169,10 @@ def _content(pixels: NDArray[Any], nodata: float | None) -> str:
 
 
 def _filled(pixels: NDArray[Any], side: int, nodata: float | None) -> tuple[NDArray[Any], float | None]:
-    """[side, side, C], filled up at the right and below, and the value of what was filled."""
+    """[side, side, C], filled up at the right and below, and the value of what was filled.
+
+    Raises: BadImage: no value is left that could mean no data.
+    """
     height, width, _ = pixels.shape
     if height == side and width == side:
         return pixels, nodata
@@ -180,9 +183,20 @@ def _filled(pixels: NDArray[Any], side: int, nodata: float | None) -> tuple[NDAr
 
 
 def _unused(pixels: NDArray[Any]) -> float:
-    """A value that no pixel has in all of its bands."""
+    """A value that no pixel has in all of its bands.
+
+    Raises: BadImage: there is none.
+    """
     if pixels.dtype.kind == "f":
         return math.nan
     limits = np.iinfo(pixels.dtype)
-    candidates = [limits.min, limits.max, *range(limits.min + 1, limits.max)]
-    return float(next(value for value in candidates if not (pixels == value).all(-1).any()))
+    candidates = chain((limits.min, limits.max), range(limits.min + 1, limits.max))
+    value = next((value for value in candidates if not (pixels == value).all(-1).any()), None)
+    if value is None:
+        height, width, _ = pixels.shape
+        raise BadImage(
+            "unsupported",
+            f"{width}x{height} px are less than a tile, and all values of {pixels.dtype} occur, so none can mean no "
+            f"data where it is filled up: ingest it with --tile {min(height, width)} or less, or declare nodata",
+        )
+    return float(value)

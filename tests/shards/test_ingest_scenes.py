@@ -140,6 +140,15 @@ def test_damage_is_set_aside_and_empty_windows_are_counted(source, tmp_path):
     assert again.new_rows == 0
 
 
+def test_a_small_scene_of_all_values_is_set_aside(tmp_path):
+    full, mask = np.arange(256, dtype=np.uint8).reshape(16, 16, 1), np.eye(16, dtype=np.uint8)[:, :, None]
+    for name, pixels in (("full", full), ("free", full // 2)):
+        write(tmp_path / "s", f"images/{name}.tif", raster.encode(pixels))
+        write(tmp_path / "s", f"masks/{name}.tif", raster.encode(mask))
+    done = run(tmp_path / "s", tmp_path / "ds", "masks", tile=20, max_bad=0.5)
+    assert (done.rows, done.reasons) == (1, {"unsupported": 1})
+
+
 def test_options_that_do_not_go_together_are_refused(source, tmp_path):
     for said, more in (
         ("--overlap goes with --tile", {"overlap": 4}),
