@@ -149,6 +149,23 @@ def test_a_small_scene_of_all_values_is_set_aside(tmp_path):
     assert (done.rows, done.reasons) == (1, {"unsupported": 1})
 
 
+@pytest.mark.parametrize("more", [{}, {"tile": 32}, {"split_by": "scene"}])
+def test_places_that_cannot_be_compared_are_told(tmp_path, more):
+    from rasterio.crs import CRS
+
+    local = CRS.from_string('LOCAL_CS["site",UNIT["metre",1]]').to_wkt()
+    far = (1.0, 0.0, 5e9, 0.0, -1.0, 5e10)
+    for number, (crs, where) in enumerate(
+        [(local, place(0, 0)), (wkt(), far), (wkt(), place(0, 0)), (wkt(32633), far)]
+    ):
+        image, mask = scene(number, 32, 32)
+        write(tmp_path / "s", f"images/{number}.tif", raster.encode(image, None, crs, where))
+        write(tmp_path / "s", f"masks/{number}.tif", raster.encode(mask[:, :, None], None, crs, where))
+    done = run(tmp_path / "s", tmp_path / "ds", "masks", split="50/50", mask_values=(0, 1), **more)
+    (said,) = [w for w in done.warnings if "other coordinate systems" in w]
+    assert done.rows == 4 and said.startswith("3 images are not compared") and "such as images/0.tif" in said
+
+
 def test_options_that_do_not_go_together_are_refused(source, tmp_path):
     for said, more in (
         ("--overlap goes with --tile", {"overlap": 4}),
