@@ -173,6 +173,7 @@ def test_options_that_do_not_go_together_are_refused(source, tmp_path):
         ("expected less than --tile 64", {"tile": 64, "overlap": 64}),
         ("needs --block", {"tile": 64, "split_by": "block"}),
         ("at least one tile", {"tile": 64, "split_by": "block", "block": "10"}),
+        ("so blocks have 0.5 px; expected at least .* give 640map", {"tile": 64, "split_by": "block", "block": "5map"}),
         ("expected pixels", {"tile": 64, "split_by": "block", "block": "big"}),
         ("goes with --split-by block", {"tile": 64, "block": "100"}),
     ):
