@@ -146,6 +146,8 @@ def check(opened: bundle.Bundle, manifest: Any, where: str, split: str) -> None:
         )
     if facts.pixels.size_px is None and manifest.sizes_px[:2] != manifest.sizes_px[2:]:
         raise DataError(f"{where} holds images of several sizes, and the model was trained without data.size_px")
+    if facts.pixels.size_px is None:
+        _sides(facts, manifest, where)
     if facts.pixels.color == "native":
         bands = facts.pixels.bands
         needed = max(bands) if bands else facts.pixels.channels
@@ -153,3 +155,16 @@ def check(opened: bundle.Bundle, manifest: Any, where: str, split: str) -> None:
             count = int(seen.partition("x")[2])
             if count < needed or (bands is None and count != needed):
                 raise DataError(f"{where} holds images with {count} bands, the model was trained on {needed}")
+
+
+def _sides(facts: bundle.Facts, manifest: Any, where: str) -> None:
+    """Raises: DataError: the stride of the network does not divide the images' sides."""
+    from scalecv.models import misfit
+
+    call, factor = facts.call, facts.upscale.factor if facts.upscale else 1
+    wrong = misfit(facts.task, call.arch, call.encoder, call.args, manifest.sizes_px[:2], factor)
+    if wrong is not None:
+        raise DataError(
+            f"{where}: {wrong[0]}; it was trained without data.size_px, which would resize them: ingest images of "
+            f"another size, such as with --tile {wrong[1]}, or take a model that was trained with data.size_px"
+        )
