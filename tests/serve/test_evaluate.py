@@ -8,7 +8,7 @@ import pytest
 from scalecv import raster
 from scalecv.artifacts import bundle
 from scalecv.errors import DataError
-from scalecv.serve.evaluate import check
+from scalecv.serve.evaluate import check, evaluate
 from scalecv.shards.ingest import IngestOptions, ingest
 from scalecv.shards.store import open_dataset
 from tests.serve import test_predict
@@ -44,3 +44,10 @@ def test_sides_that_the_stride_does_not_divide_are_refused(made, ground):
     strided = dataclasses.replace(opened, facts=opened.facts.model_copy(update={"call": call}))
     with pytest.raises(DataError, match=r"20x20 pixels, and fpn with resnet18 needs multiples of 32; .*--tile 32"):
         check(strided, manifest, data, "val")
+
+
+def test_what_the_masks_of_a_dataset_ignore_counts_nowhere(made, ground):
+    model = made("segment", 3, "uint8")
+    assert bundle.read_facts(model).pixels.mask_ignore is None
+    scored = evaluate(model, ground(mask_values=(0, 1), classes=("ground", "roof")), split="val", allow_import=True)
+    assert scored.rows == 2 and 0 < scored.metrics["val/accuracy"] < 1
