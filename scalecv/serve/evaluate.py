@@ -148,6 +148,15 @@ def check(opened: bundle.Bundle, manifest: Manifest, where: str, split: str) -> 
             f"{where} has the mask values {list(manifest.mask_values)}, the model was trained on "
             f"{list(facts.pixels.mask_values)}: ingest it with --mask-values"
         )
+    each = zip(facts.pixels.mask_values, manifest.classes, facts.classes, strict=False)
+    other = [(value, name, known) for value, name, known in each if name != known]
+    if kind == "mask" and other:
+        value, name, trained = other[0]
+        raise DataError(
+            f"{where} names the mask value {value} {name}, the model was trained with it as {trained}: ingest it with "
+            f"--mask-values {','.join(map(str, facts.pixels.mask_values))} --classes {','.join(facts.classes)}, if the "
+            "masks mean that"
+        )
     strange_dtypes = {seen.partition("x")[0] for seen in manifest.band_counts} - {facts.pixels.source_dtype}
     if facts.pixels.color == "native" and strange_dtypes:
         raise DataError(

@@ -51,3 +51,10 @@ def test_what_the_masks_of_a_dataset_ignore_counts_nowhere(made, ground):
     assert bundle.read_facts(model).pixels.mask_ignore is None
     scored = evaluate(model, ground(mask_values=(0, 1), classes=("ground", "roof")), split="val", allow_import=True)
     assert scored.rows == 2 and 0 < scored.metrics["val/accuracy"] < 1
+
+
+def test_names_that_stand_for_other_values_are_refused(made, ground):
+    data = ground(mask_values=(0, 1), classes=("roof", "ground"))
+    opened = bundle.open_bundle(made("segment", 3, "uint8"), allow_import=True)
+    with pytest.raises(DataError, match=r"names the mask value 0 roof, .* as ground: .* 0,1 --classes ground,roof"):
+        check(opened, open_dataset(data).manifest, data, "val")
