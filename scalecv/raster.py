@@ -68,6 +68,23 @@ def shifted(transform: Transform, col: float, row: float) -> Transform:
     return (a, b, c + a * col + b * row, d, e, f + d * col + e * row)
 
 
+def elsewhere(one: Profile, other: Profile) -> str:
+    """How the ground of two files of one size differs, where both say where they lie; empty if it is the same."""
+    from rasterio.crs import CRS
+
+    if not (one.is_placed and other.is_placed):
+        return ""
+    if one.crs != other.crs and CRS.from_wkt(one.wkt) != CRS.from_wkt(other.wkt):
+        return f"{other.crs}, not {one.crs}"[:200]
+    a, b = (
+        np.array([shifted(found.transform, *at) for at in ((0, 0), (one.width, 0), (0, one.height))])[:, [2, 5]]
+        for found in (one, other)
+    )
+    away = float(np.hypot(*(b - a).T).max())
+    pixel = float(np.hypot(one.transform[0], one.transform[3]))
+    return f"up to {away:g} units of {one.crs} apart, at pixels of {pixel:g}" if away > pixel / 2 else ""
+
+
 def profile(data: bytes) -> Profile:
     """What the header says; no pixel is read.
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scalecv import raster, storage
 from scalecv.raster import PIXELS, Profile
 from scalecv.shards.decode import BadImage
-from scalecv.shards.examine import Facts, examine
+from scalecv.shards.examine import Facts, Note, examine, mask_place
 from scalecv.shards.footprints import SCENE
 from scalecv.shards.plan import UnitSettings
 from scalecv.shards.record import Record
@@ -62,14 +62,25 @@ def _is_empty(facts: Facts, ignore: int | None) -> bool:
 
 def _scene(settings: UnitSettings, scene: str, rows: list[dict[str, Any]], readers: Readers) -> Iterator[_Sample]:
     image, mask = readers
+    notes: dict[Note, str] = {}
     try:
         profile = image.open(storage.join(settings.source, scene), _bytes(settings, scene))
         if rows[0]["mask"]:
             path = rows[0]["mask"]
-            mask.open(storage.join(settings.source, path), _bytes(settings, path), is_mask=True)
+            numbers = mask.open(storage.join(settings.source, path), _bytes(settings, path), is_mask=True)
+            notes = mask_place(profile, numbers)
     except BadImage as error:
         yield from ((row, b"", None, "", error) for row in rows)
         return
+    for sample in _samples(settings, profile, rows, readers):
+        if not isinstance(sample[4], BadImage):
+            sample[4]["notes"].update(notes)
+        yield sample
+
+
+def _samples(
+    settings: UnitSettings, profile: Profile, rows: list[dict[str, Any]], readers: Readers
+) -> Iterator[_Sample]:
     for some in _strips(rows, profile):
         try:
             yield from _cut(settings, profile, some, readers)

@@ -149,6 +149,22 @@ def test_a_small_scene_of_all_values_is_set_aside(tmp_path):
     assert (done.rows, done.reasons) == (1, {"unsupported": 1})
 
 
+@pytest.mark.parametrize("more", [{}, {"tile": 16}])
+def test_masks_that_lie_elsewhere_get_a_note(tmp_path, more):
+    cases = {
+        "away": (wkt(), place(50, 0)), "coarse": (wkt(), place(0, 0, 20.0)), "zone": (wkt(32633), place(0, 0)),
+        "same": (wkt(), place(0.01, 0)), "silent": (None, raster.PIXELS), "no_crs": (None, place(50, 0)),
+    }  # fmt: skip
+    image, mask = scene(0, 32, 32)
+    for name, (crs, where) in cases.items():
+        write(tmp_path / "s", f"images/{name}.tif", raster.encode(image, None, wkt(), place(0, 0)))
+        write(tmp_path / "s", f"masks/{name}.tif", raster.encode(mask[:, :, None], None, crs, where))
+    done = run(tmp_path / "s", tmp_path / "ds", "masks", split_by="scene", mask_values=(0, 1), **more)
+    facts = open_dataset(str(tmp_path / "ds")).manifest
+    assert facts.notes.reasons == {"mask_place": 3 * facts.rows // 6} and done.quarantined == 0
+    assert any("mask_place (the mask's georeference is not the image's" in line for line in done.warnings)
+
+
 @pytest.mark.parametrize("more", [{}, {"tile": 32}, {"split_by": "scene"}])
 def test_places_that_cannot_be_compared_are_told(tmp_path, more):
     from rasterio.crs import CRS
