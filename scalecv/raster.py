@@ -68,6 +68,23 @@ def shifted(transform: Transform, col: float, row: float) -> Transform:
     return (a, b, c + a * col + b * row, d, e, f + d * col + e * row)
 
 
+def elsewhere(one: Profile, other: Profile) -> str:
+    """How the ground of two files of one size differs, where both say where they lie; empty if it is the same."""
+    from rasterio.crs import CRS
+
+    if not (one.is_placed and other.is_placed):
+        return ""
+    if one.crs != other.crs and CRS.from_wkt(one.wkt) != CRS.from_wkt(other.wkt):
+        return f"{other.crs}, not {one.crs}"[:200]
+    a, b = (
+        np.array([shifted(found.transform, *at) for at in ((0, 0), (one.width, 0), (0, one.height))])[:, [2, 5]]
+        for found in (one, other)
+    )
+    away = float(np.hypot(*(b - a).T).max())
+    pixel = float(np.hypot(one.transform[0], one.transform[3]))
+    return f"up to {away:g} units of {one.crs} apart, at pixels of {pixel:g}" if away > pixel / 2 else ""
+
+
 def profile(data: bytes) -> Profile:
     """What the header says; no pixel is read.
 
@@ -219,12 +236,28 @@ def to_cog(source: str, target: str, is_classes: bool) -> None:
 
 
 def to_lonlat(crs: str, points_N2: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Points of a CRS as longitude and latitude (WGS 84), degrees [N, 2]."""
+    """Points of a CRS as longitude and latitude (WGS 84), degrees [N, 2]; NaN where it does not say, as outside of it.
+
+    PROJ refuses points together: they are halved until those that it refuses stand alone, or in a 512th of all.
+    """
     import rasterio
     from rasterio.warp import transform
 
-    with rasterio.Env(**_ENV), _errors():
-        return np.stack(transform(crs, "EPSG:4326", points_N2[:, 0], points_N2[:, 1]), axis=1)
+    fewest = max(1, len(points_N2) // 512)
+
+    def told(points: NDArray[np.float64]) -> NDArray[np.float64]:
+        try:
+            with _errors():
+                found = np.stack(transform(crs, "EPSG:4326", points[:, 0], points[:, 1]), axis=1)
+        except RasterError:
+            if len(points) <= fewest:
+                return np.full(points.shape, np.nan)
+            half = len(points) // 2
+            return np.concatenate([told(points[:half]), told(points[half:])])
+        return np.where(np.isfinite(found).all(1, keepdims=True), found, np.nan)
+
+    with rasterio.Env(**_ENV):
+        return told(points_N2)
 
 
 def _place(nodata: float | None, wkt: str | None, transform: Transform) -> dict[str, Any]:
@@ -244,11 +277,12 @@ def _place(nodata: float | None, wkt: str | None, transform: Transform) -> dict[
 @contextlib.contextmanager
 def _errors() -> Iterator[None]:
     """What GDAL and rasterio raise, as one line of ours."""
+    from rasterio._err import CPLE_BaseError  # what rasterio lets through as GDAL says it
     from rasterio.errors import RasterioError
 
     try:
         yield
-    except (RasterioError, ValueError, TypeError) as error:
+    except (RasterioError, CPLE_BaseError, ValueError, TypeError) as error:
         if isinstance(error, RasterError):
             raise
         raise RasterError(str(error.__cause__ or error).strip() or type(error).__name__) from None

@@ -7,6 +7,7 @@ when the caller says that the name comes from the user's own experiment or comma
 The weights are drawn from torch's generator: the caller seeds it. Starting weights come after that: see `weights`.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal
@@ -88,6 +89,26 @@ def task_of(arch: str) -> Literal["classify", "segment", "upscale"] | None:
     if arch in upscalers.ARCHITECTURES:
         return "upscale"
     return "segment" if arch in segmenters.ARCHITECTURES else "classify"
+
+
+def misfit(
+    task: str, arch: str, encoder: str, args: Mapping[str, Any], sides: tuple[int, int], factor: int
+) -> tuple[str, int] | None:
+    """Why a network cannot take images of a size, and a side that it can take; None where it can.
+
+    Args:
+        sides: width and height of images, before they are enlarged.
+        factor: how many times they are enlarged before the network; 1 leaves them.
+    """
+    multiple = required_multiple(arch, encoder, args)
+    if task == "upscale":
+        multiple = math.lcm(multiple, upscalers.factor_of(arch, args))
+    if not any(side * factor % multiple for side in sides):
+        return None
+    step = multiple // math.gcd(multiple, factor)
+    larger = f" enlarged {factor} times" if factor > 1 else ""
+    said = f"images have {sides[0]}x{sides[1]} pixels, and {arch} with {encoder} needs multiples of {multiple}{larger}"
+    return said, max(step, round(sides[0] / step) * step)
 
 
 def required_multiple(arch: str, encoder: str, args: Mapping[str, Any] | None = None) -> int:

@@ -1,14 +1,18 @@
 """`scalecv evaluate MODEL DATASET`: score a bundle on every row of a split, once."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from scalecv import storage
 from scalecv.artifacts import bundle, report, tracking
 from scalecv.config import Loss
 from scalecv.errors import DataError, nearest
+from scalecv.shards.manifest import Manifest
 from scalecv.shards.store import open_dataset
+
+if TYPE_CHECKING:
+    from scalecv.batches.pixels import Pixels
 
 Event = dict[str, Any]
 
@@ -74,9 +78,10 @@ def evaluate(
     opened = bundle.open_bundle(tracking.lookup(model), allow_import=allow_import)
     dataset = open_dataset(dataset_uri, version)
     check(opened, dataset.manifest, dataset_uri, split)
-    task = task_for(opened.facts.task, opened.pixels(), opened.facts.call.arch, opened.facts.call.args)
+    pixels = pixels_for(opened, dataset.manifest)
+    task = task_for(opened.facts.task, pixels, opened.facts.call.arch, opened.facts.call.args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    feed = Feed(dataset, split, opened.pixels(), batch, threads=os.cpu_count() or 1)
+    feed = Feed(dataset, split, pixels, batch, threads=os.cpu_count() or 1)
     tell({"kind": "progress", "message": f"scoring {dataset.manifest.splits[split]:,} rows of {split} on {device}"})
     began = time.perf_counter()
     loss = Loss.model_validate(opened.facts.loss)
@@ -113,7 +118,12 @@ def evaluate(
     )
 
 
-def check(opened: bundle.Bundle, manifest: Any, where: str, split: str) -> None:
+def pixels_for(opened: bundle.Bundle, manifest: Manifest) -> "Pixels":
+    """How rows of a dataset become the model's input: as in training, but what counts nowhere in masks is its own."""
+    return replace(opened.pixels(), mask_ignore=manifest.mask_ignore)
+
+
+def check(opened: bundle.Bundle, manifest: Manifest, where: str, split: str) -> None:
     """See that a model can score a split of a dataset.
 
     Raises: DataError: bands, kind, classes or split do not fit.
@@ -138,6 +148,15 @@ def check(opened: bundle.Bundle, manifest: Any, where: str, split: str) -> None:
             f"{where} has the mask values {list(manifest.mask_values)}, the model was trained on "
             f"{list(facts.pixels.mask_values)}: ingest it with --mask-values"
         )
+    each = zip(facts.pixels.mask_values, manifest.classes, facts.classes, strict=False)
+    other = [(value, name, known) for value, name, known in each if name != known]
+    if kind == "mask" and other:
+        value, name, trained = other[0]
+        raise DataError(
+            f"{where} names the mask value {value} {name}, the model was trained with it as {trained}: ingest it with "
+            f"--mask-values {','.join(map(str, facts.pixels.mask_values))} --classes {','.join(facts.classes)}, if the "
+            "masks mean that"
+        )
     strange_dtypes = {seen.partition("x")[0] for seen in manifest.band_counts} - {facts.pixels.source_dtype}
     if facts.pixels.color == "native" and strange_dtypes:
         raise DataError(
@@ -146,6 +165,8 @@ def check(opened: bundle.Bundle, manifest: Any, where: str, split: str) -> None:
         )
     if facts.pixels.size_px is None and manifest.sizes_px[:2] != manifest.sizes_px[2:]:
         raise DataError(f"{where} holds images of several sizes, and the model was trained without data.size_px")
+    if facts.pixels.size_px is None:
+        _sides(facts, manifest, where)
     if facts.pixels.color == "native":
         bands = facts.pixels.bands
         needed = max(bands) if bands else facts.pixels.channels
@@ -153,3 +174,16 @@ def check(opened: bundle.Bundle, manifest: Any, where: str, split: str) -> None:
             count = int(seen.partition("x")[2])
             if count < needed or (bands is None and count != needed):
                 raise DataError(f"{where} holds images with {count} bands, the model was trained on {needed}")
+
+
+def _sides(facts: bundle.Facts, manifest: Manifest, where: str) -> None:
+    """Raises: DataError: the stride of the network does not divide the images' sides."""
+    from scalecv.models import misfit
+
+    call, factor = facts.call, facts.upscale.factor if facts.upscale else 1
+    wrong = misfit(facts.task, call.arch, call.encoder, call.args, manifest.sizes_px[:2], factor)
+    if wrong is not None:
+        raise DataError(
+            f"{where}: {wrong[0]}; it was trained without data.size_px, which would resize them: ingest images of "
+            f"another size, such as with --tile {wrong[1]}, or take a model that was trained with data.size_px"
+        )

@@ -17,6 +17,7 @@ from scalecv import errors, runtime, storage
 from scalecv.artifacts import bundle, tracking
 from scalecv.errors import ConfigError, DataError, ScalecvError, nearest
 from scalecv.serve.predict_chunk import RECORDS, Job, Worker, chunk_name
+from scalecv.serve.predictor import default_tile
 from scalecv.shards import store
 from scalecv.sources.found import is_image
 
@@ -84,11 +85,13 @@ def predict(
     Raises: UserError: nothing to predict, or the target holds other predictions. ScalecvError: no image could be
         predicted, or storage or the model failed.
     """
-    if overlap is not None and overlap >= (tile or 1 << 30):
-        raise ConfigError(f"--overlap {overlap}: expected less than --tile {tile}")
     source, to = storage.absolute(source), storage.absolute(to)
     uri = tracking.lookup(model)
     facts = bundle.read_facts(uri)
+    side = tile or default_tile(facts.pixels.size_px)
+    if overlap is not None and overlap >= side:
+        own = "" if tile else ", which this model takes where none is given"
+        raise ConfigError(f"--overlap {overlap}: expected less than --tile {side}{own}")
     if facts.task == "upscale":
         raise ConfigError(
             f"{model} is a model for task=upscale: predict takes classify and segment; score it with scalecv evaluate, "

@@ -33,6 +33,11 @@ Read = Callable[[Window], NDArray[Any]]
 """Window -> pixels [h, w, bands]."""
 
 
+def default_tile(size_px: int | None) -> int:
+    """Side of the windows of a scene, where none is asked for: that of training, if images were resized."""
+    return size_px or TILE_PX
+
+
 @dataclass(frozen=True)
 class Rows:
     """Some rows of a prediction."""
@@ -59,7 +64,7 @@ class Predictor:
         self._model = bundle.model.to(device)
         self._device = device
         self._whole_px = tile or (max(WHOLE_PX, self._how.size_px) if self._how.size_px else TILE_PX)
-        self._tile = tile or self._how.size_px or TILE_PX
+        self._tile = tile or default_tile(self._how.size_px)
         self._overlap = self._tile // 4 if overlap is None else overlap
         side = self._tile if self.task.name == "segment" else self._how.size_px or TILE_PX
         side *= self.facts.upscale.factor if self.facts.upscale else 1

@@ -171,7 +171,7 @@ def _windows(found: Found, profile: Profile, options: IngestOptions) -> Iterator
     if set(META) & set(found.meta):
         raise ConfigError(f"{found.path}: the table has a column {' or '.join(META)}, which --tile makes: rename it")
     whole = Window(0, 0, profile.height, profile.width)
-    areas = _blocks(found.path, profile, options.block) if options.split_by == "block" else [(found.group, whole)]
+    areas = _blocks(found.path, profile, options) if options.split_by == "block" else [(found.group, whole)]
     pixel_bytes = profile.bands * np.dtype(profile.dtype).itemsize
     for group, area in areas:
         for window in grid(area.width, area.height, size, overlap, area.col, area.row):
@@ -202,16 +202,23 @@ def _block(text: str) -> tuple[float, bool]:
     return float(match[1]), match[2] is not None
 
 
-def _blocks(path: str, profile: Profile, text: str | None) -> Iterator[tuple[str, Window]]:
+def _blocks(path: str, profile: Profile, options: IngestOptions) -> Iterator[tuple[str, Window]]:
     """Groups and their areas: squares of a grid on the ground, or of a scene's pixels where it does not lie north up.
 
-    Raises: ConfigError: map units for a scene without them.
+    Raises: ConfigError: map units for a scene without them, or blocks that are smaller than a tile.
     """
+    text, tile = options.block, options.tile or 0
     side, is_map = _block(str(text))
     a, b, c, d, e, f = profile.transform
     is_ground = profile.is_placed and not b and not d
     if is_map and not is_ground:
         raise ConfigError(f"--block {text}: {path} has no georeference, or is turned: give the side in pixels")
+    pixel = max(abs(a), abs(e))
+    if is_map and side < tile * pixel * (1 - 1e-6):
+        raise ConfigError(
+            f"--block {text}: pixels of {path} have {pixel:g} units of the map, so blocks have {side / pixel:.3g} px; "
+            f"expected at least one tile, --tile {tile}: give {math.ceil(tile * pixel)}map or more"
+        )
     place = str(profile.crs) if is_ground else SCENE + path
     across, down = (side, side) if is_map or not is_ground else (side * abs(a), side * abs(e))
     columns = list(_spans(profile.width, c if is_ground else 0.0, a if is_ground else 1.0, across))

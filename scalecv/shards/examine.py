@@ -9,8 +9,10 @@ from typing import Any, Final, Literal, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from scalecv import raster
+from scalecv.raster import Profile
 from scalecv.shards import jpeg
-from scalecv.shards.decode import MAX_PIXELS, PLAIN_DECODED_BYTES, BadImage, Image, decode_image, decode_mask
+from scalecv.shards.decode import MAX_PIXELS, PLAIN_DECODED_BYTES, TIFF, BadImage, Image, decode_image, decode_mask
 
 Note = Literal[
     "name",
@@ -23,6 +25,7 @@ Note = Literal[
     "jpeg_warned",
     "reduced_to_8_bit",
     "lossy_mask",
+    "mask_place",
 ]
 NOTES: Final[dict[Note, str]] = {
     "name": "the name's ending does not fit the content",
@@ -35,6 +38,7 @@ NOTES: Final[dict[Note, str]] = {
     "jpeg_warned": "libjpeg-turbo warned while it decoded: the file may be damaged",
     "reduced_to_8_bit": "16 bits per channel were reduced to 8",
     "lossy_mask": "a JPEG mask, whose numbers are blurred",
+    "mask_place": "the mask's georeference is not the image's: it may show other ground",
 }
 """Notes on samples that are kept, and what they mean."""
 
@@ -95,6 +99,8 @@ def examine(
     image, is_warned = _decoded(data)
     counted, has_nan, keep = _counted(image)
     values, notes = _mask_values(mask, image.pixels.shape, declared, ignore, keep)
+    if mask is not None and image.place is not None and mask.startswith(TIFF):
+        notes |= mask_place(image.place, raster.profile(mask))
     sums = band_sums(counted)
     return {
         "width": image.pixels.shape[1],
@@ -108,6 +114,12 @@ def examine(
         "place": _place(image),
         "notes": notes | _odd(name, data, image, sums, has_nan) | (_jpeg_odd(data, image) if is_warned else {}),
     }
+
+
+def mask_place(image: Profile, mask: Profile) -> dict[Note, str]:
+    """The note on a mask that lies elsewhere than its image; none where one of them does not say where it lies."""
+    said = raster.elsewhere(image, mask)
+    return {"mask_place": f"{said}: the mask is used pixel by pixel"} if said else {}
 
 
 def _place(image: Image) -> list[Any] | None:

@@ -71,7 +71,7 @@ def add_up(work: Work, options: IngestOptions, said: Sequence[str]) -> Manifest:
             places.add(record)
         check_budget(totals.reasons, totals.examples, sum(totals.splits.values()), options.max_bad)
         quarantine, notes = bad.put(work.uri), odd.put(work.uri)
-        overlaps = places.overlaps()
+        overlaps, strangers = places.overlaps()
         footprints = places.put(work.uri)
         row_facts = rows.put(work.uri)
     files = {
@@ -81,7 +81,7 @@ def add_up(work: Work, options: IngestOptions, said: Sequence[str]) -> Manifest:
         "overlaps": overlaps,
         "row_facts": row_facts,
     }
-    return _manifest(work, options, totals, files, said)
+    return _manifest(work, options, totals, files, (*said, *_stranger_lines(strangers)))
 
 
 def check_budget(
@@ -232,6 +232,15 @@ def _place_lines(manifest: Manifest, totals: Totals, parent: Manifest | None) ->
         )
     if manifest.footprints.rows and parent is not None and not parent.footprints.rows:
         yield "the version before does not say where its rows lie: overlaps with them are not known"
+
+
+def _stranger_lines(paths: Sequence[str]) -> Iterator[str]:
+    if paths:
+        count = "1 image is" if len(paths) == 1 else f"{len(paths)} images are"
+        yield (
+            f"{count} not compared with those of other coordinate systems: theirs is a local one, or the "
+            f"coordinates lie outside of it, such as {min(paths)}; check its georeference, for overlaps may be missed"
+        )
 
 
 def _raster_lines(totals: Totals) -> Iterator[str]:

@@ -7,6 +7,7 @@ their size, so that only neighbours are compared, and many at once.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,30 @@ class Footprints:
     kinds: NDArray[np.int64]
     """[N]: only footprints of different kinds are compared: the number of a row's split."""
 
+    @cached_property
+    def lonlat(self) -> NDArray[np.float64]:
+        """Corners [N, 4, 2] in degrees; NaN where the place does not say, or where no other CRS is to compare with."""
+        out = np.full(self.corners.shape, np.nan)
+        numbers = {place: number for number, place in enumerate(self._ground)}
+        places = np.array([numbers.get(place, -1) for place in self.places], np.int64)
+        for place in self._ground if len(self._ground) > 1 else ():
+            some = places == numbers[place]
+            out[some] = raster.to_lonlat(place, self.corners[some].reshape(-1, 2)).reshape(-1, 4, 2)
+        return out
+
+    @cached_property
+    def strangers(self) -> list[int]:
+        """Rows that cannot be compared with those of another CRS: theirs is tied to no ground, or they lie outside."""
+        if len(self._ground) < 2:
+            return []
+        unknown = np.flatnonzero(np.isnan(self.lonlat).any((1, 2)))
+        return [int(row) for row in unknown if self.places[row] in self._ground]
+
+    @cached_property
+    def _ground(self) -> tuple[str, ...]:
+        """The CRS among the places."""
+        return tuple(place for place in dict.fromkeys(self.places) if not place.startswith(SCENE))
+
 
 def corners(transform: Transform, width: int, height: int) -> list[tuple[float, float]]:
     """The four corners, half a pixel inside."""
@@ -44,21 +69,14 @@ def corners(transform: Transform, width: int, height: int) -> list[tuple[float, 
 def overlapping(found: Footprints) -> Iterator[tuple[int, int]]:
     """Pairs of rows of different kinds that lie on each other; each pair once, the smaller number first.
 
-    Footprints of different CRS are compared in longitude and latitude.
+    Footprints of different CRS are compared in longitude and latitude, but for `Footprints.strangers`.
     """
     names = {name: number for number, name in enumerate(dict.fromkeys(found.places))}
     places = np.array([names[place] for place in found.places], np.int64)
     yield from _pairs(found.corners, places, found.kinds, None)
-    ground = [name for name in names if not name.startswith(SCENE)]
-    if len(ground) > 1:
-        chosen = np.flatnonzero(np.isin(places, [names[name] for name in ground]))
-        lonlat = np.empty((len(chosen), 4, 2))
-        for name in ground:
-            some = places[chosen] == names[name]
-            points = found.corners[chosen[some]].reshape(-1, 2)
-            lonlat[some] = raster.to_lonlat(name, points).reshape(-1, 4, 2)
-        for i, j in _pairs(lonlat, np.zeros(len(chosen), np.int64), found.kinds[chosen], places[chosen]):
-            yield int(chosen[i]), int(chosen[j])
+    chosen = np.flatnonzero(np.isfinite(found.lonlat).all((1, 2)))
+    for i, j in _pairs(found.lonlat[chosen], np.zeros(len(chosen), np.int64), found.kinds[chosen], places[chosen]):
+        yield int(chosen[i]), int(chosen[j])
 
 
 def _pairs(

@@ -49,12 +49,12 @@ class Places:
         if len(self._held) >= _TOGETHER:
             self._flush()
 
-    def overlaps(self) -> tuple[Overlap, ...]:
-        """Splits whose rows lie on each other."""
+    def overlaps(self) -> tuple[tuple[Overlap, ...], list[str]]:
+        """Splits whose rows lie on each other, and paths of rows of which that is not known in full."""
         if not self._paths or len(set(self._kinds)) < 2:
-            return ()
+            return (), []
         found = Footprints(self._paths, self._places, np.concatenate(self._corners), np.array(self._kinds))
-        return tuple(Overlap(**told) for told in leaks(found))
+        return tuple(Overlap(**told) for told in leaks(found)), [self._paths[row] for row in found.strangers]
 
     def put(self, uri: str) -> Quarantine:
         """Write the file below the dataset, if some row says where it lies."""

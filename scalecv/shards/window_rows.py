@@ -7,7 +7,7 @@ a scene that is smaller is filled up with a value that means no data.
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scalecv import raster, storage
 from scalecv.raster import PIXELS, Profile
 from scalecv.shards.decode import BadImage
-from scalecv.shards.examine import Facts, examine
+from scalecv.shards.examine import Facts, Note, examine, mask_place
 from scalecv.shards.footprints import SCENE
 from scalecv.shards.plan import UnitSettings
 from scalecv.shards.record import Record
@@ -62,14 +62,25 @@ def _is_empty(facts: Facts, ignore: int | None) -> bool:
 
 def _scene(settings: UnitSettings, scene: str, rows: list[dict[str, Any]], readers: Readers) -> Iterator[_Sample]:
     image, mask = readers
+    notes: dict[Note, str] = {}
     try:
         profile = image.open(storage.join(settings.source, scene), _bytes(settings, scene))
         if rows[0]["mask"]:
             path = rows[0]["mask"]
-            mask.open(storage.join(settings.source, path), _bytes(settings, path), is_mask=True)
+            numbers = mask.open(storage.join(settings.source, path), _bytes(settings, path), is_mask=True)
+            notes = mask_place(profile, numbers)
     except BadImage as error:
         yield from ((row, b"", None, "", error) for row in rows)
         return
+    for sample in _samples(settings, profile, rows, readers):
+        if not isinstance(sample[4], BadImage):
+            sample[4]["notes"].update(notes)
+        yield sample
+
+
+def _samples(
+    settings: UnitSettings, profile: Profile, rows: list[dict[str, Any]], readers: Readers
+) -> Iterator[_Sample]:
     for some in _strips(rows, profile):
         try:
             yield from _cut(settings, profile, some, readers)
@@ -169,7 +180,10 @@ def _content(pixels: NDArray[Any], nodata: float | None) -> str:
 
 
 def _filled(pixels: NDArray[Any], side: int, nodata: float | None) -> tuple[NDArray[Any], float | None]:
-    """[side, side, C], filled up at the right and below, and the value of what was filled."""
+    """[side, side, C], filled up at the right and below, and the value of what was filled.
+
+    Raises: BadImage: no value is left that could mean no data.
+    """
     height, width, _ = pixels.shape
     if height == side and width == side:
         return pixels, nodata
@@ -180,9 +194,20 @@ def _filled(pixels: NDArray[Any], side: int, nodata: float | None) -> tuple[NDAr
 
 
 def _unused(pixels: NDArray[Any]) -> float:
-    """A value that no pixel has in all of its bands."""
+    """A value that no pixel has in all of its bands.
+
+    Raises: BadImage: there is none.
+    """
     if pixels.dtype.kind == "f":
         return math.nan
     limits = np.iinfo(pixels.dtype)
-    candidates = [limits.min, limits.max, *range(limits.min + 1, limits.max)]
-    return float(next(value for value in candidates if not (pixels == value).all(-1).any()))
+    candidates = chain((limits.min, limits.max), range(limits.min + 1, limits.max))
+    value = next((value for value in candidates if not (pixels == value).all(-1).any()), None)
+    if value is None:
+        height, width, _ = pixels.shape
+        raise BadImage(
+            "unsupported",
+            f"{width}x{height} px are less than a tile, and all values of {pixels.dtype} occur, so none can mean no "
+            f"data where it is filled up: ingest it with --tile {min(height, width)} or less, or declare nodata",
+        )
+    return float(value)

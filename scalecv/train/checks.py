@@ -1,6 +1,5 @@
 """What can be known to be wrong before a worker starts: the experiment against the manifest."""
 
-import math
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -99,8 +98,7 @@ def check_network(experiment: Experiment, manifest: Manifest) -> None:
 
     Raises: ConfigError: network or loss do not fit the task.
     """
-    from scalecv.models import required_multiple, task_of
-    from scalecv.models.upscalers import factor_of
+    from scalecv.models import misfit, task_of
     from scalecv.tasks import TASKS
 
     gives = task_of(experiment.model.arch)
@@ -108,18 +106,10 @@ def check_network(experiment: Experiment, manifest: Manifest) -> None:
         raise ConfigError(f"model.arch={experiment.model.arch} is a network to {gives}, the task is {experiment.task}")
     TASKS[experiment.task].check(experiment.loss, len(manifest.classes))
     model, size = experiment.model, experiment.data.size_px
-    multiple = required_multiple(model.arch, model.encoder, model.args)
-    if experiment.task == "upscale":
-        multiple = math.lcm(multiple, factor_of(model.arch, model.args))
-    sides, factor = (size, size) if size else manifest.sizes_px[:2], experiment.upscale.factor
-    if any(side * factor % multiple for side in sides):
-        step = multiple // math.gcd(multiple, factor)
-        fits = max(step, round(sides[0] / step) * step)
-        larger = f" enlarged {factor} times" if factor > 1 else ""
-        raise ConfigError(
-            f"images have {sides[0]}x{sides[1]} pixels, and {model.arch} with {model.encoder} needs multiples of "
-            f"{multiple}{larger}: set data.size_px={fits}"
-        )
+    sides = (size, size) if size else manifest.sizes_px[:2]
+    wrong = misfit(experiment.task, model.arch, model.encoder, model.args, sides, experiment.upscale.factor)
+    if wrong is not None:
+        raise ConfigError(f"{wrong[0]}: set data.size_px={wrong[1]}")
 
 
 def _threshold(experiment: Experiment, manifest: Manifest) -> None:

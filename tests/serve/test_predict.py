@@ -176,6 +176,9 @@ def test_the_same_command_again_does_only_what_is_missing(made, tmp_path):
         run(model, tmp_path / "s", tmp_path / "out")
     with pytest.raises(ConfigError, match="--overlap 9: expected less than --tile 8"):
         run(model, tmp_path / "s", tmp_path / "new", tile=8, overlap=9)
+    for overlap in (512, 600):
+        with pytest.raises(ConfigError, match=f"--overlap {overlap}: expected less than --tile 512, which this model"):
+            run(model, tmp_path / "s", tmp_path / "new", overlap=overlap)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no images in"):
         run(model, tmp_path / "empty", tmp_path / "new")

@@ -140,6 +140,48 @@ def test_damage_is_set_aside_and_empty_windows_are_counted(source, tmp_path):
     assert again.new_rows == 0
 
 
+def test_a_small_scene_of_all_values_is_set_aside(tmp_path):
+    full, mask = np.arange(256, dtype=np.uint8).reshape(16, 16, 1), np.eye(16, dtype=np.uint8)[:, :, None]
+    for name, pixels in (("full", full), ("free", full // 2)):
+        write(tmp_path / "s", f"images/{name}.tif", raster.encode(pixels))
+        write(tmp_path / "s", f"masks/{name}.tif", raster.encode(mask))
+    done = run(tmp_path / "s", tmp_path / "ds", "masks", tile=20, max_bad=0.5)
+    assert (done.rows, done.reasons) == (1, {"unsupported": 1})
+
+
+@pytest.mark.parametrize("more", [{}, {"tile": 16}])
+def test_masks_that_lie_elsewhere_get_a_note(tmp_path, more):
+    cases = {
+        "away": (wkt(), place(50, 0)), "coarse": (wkt(), place(0, 0, 20.0)), "zone": (wkt(32633), place(0, 0)),
+        "same": (wkt(), place(0.01, 0)), "silent": (None, raster.PIXELS), "no_crs": (None, place(50, 0)),
+    }  # fmt: skip
+    image, mask = scene(0, 32, 32)
+    for name, (crs, where) in cases.items():
+        write(tmp_path / "s", f"images/{name}.tif", raster.encode(image, None, wkt(), place(0, 0)))
+        write(tmp_path / "s", f"masks/{name}.tif", raster.encode(mask[:, :, None], None, crs, where))
+    done = run(tmp_path / "s", tmp_path / "ds", "masks", split_by="scene", mask_values=(0, 1), **more)
+    facts = open_dataset(str(tmp_path / "ds")).manifest
+    assert facts.notes.reasons == {"mask_place": 3 * facts.rows // 6} and done.quarantined == 0
+    assert any("mask_place (the mask's georeference is not the image's" in line for line in done.warnings)
+
+
+@pytest.mark.parametrize("more", [{}, {"tile": 32}, {"split_by": "scene"}])
+def test_places_that_cannot_be_compared_are_told(tmp_path, more):
+    from rasterio.crs import CRS
+
+    local = CRS.from_string('LOCAL_CS["site",UNIT["metre",1]]').to_wkt()
+    far = (1.0, 0.0, 5e9, 0.0, -1.0, 5e10)
+    for number, (crs, where) in enumerate(
+        [(local, place(0, 0)), (wkt(), far), (wkt(), place(0, 0)), (wkt(32633), far)]
+    ):
+        image, mask = scene(number, 32, 32)
+        write(tmp_path / "s", f"images/{number}.tif", raster.encode(image, None, crs, where))
+        write(tmp_path / "s", f"masks/{number}.tif", raster.encode(mask[:, :, None], None, crs, where))
+    done = run(tmp_path / "s", tmp_path / "ds", "masks", split="50/50", mask_values=(0, 1), **more)
+    (said,) = [w for w in done.warnings if "other coordinate systems" in w]
+    assert done.rows == 4 and said.startswith("3 images are not compared") and "such as images/0.tif" in said
+
+
 def test_options_that_do_not_go_together_are_refused(source, tmp_path):
     for said, more in (
         ("--overlap goes with --tile", {"overlap": 4}),
@@ -147,6 +189,7 @@ def test_options_that_do_not_go_together_are_refused(source, tmp_path):
         ("expected less than --tile 64", {"tile": 64, "overlap": 64}),
         ("needs --block", {"tile": 64, "split_by": "block"}),
         ("at least one tile", {"tile": 64, "split_by": "block", "block": "10"}),
+        ("so blocks have 0.5 px; expected at least .* give 640map", {"tile": 64, "split_by": "block", "block": "5map"}),
         ("expected pixels", {"tile": 64, "split_by": "block", "block": "big"}),
         ("goes with --split-by block", {"tile": 64, "block": "100"}),
     ):
