@@ -49,7 +49,7 @@ class Footprints:
         if len(self._ground) < 2:
             return []
         unknown = np.flatnonzero(np.isnan(self.lonlat).any((1, 2)))
-        return [int(row) for row in unknown if self.places[row] in self._ground]
+        return [row for row in unknown.tolist() if self.places[row] in self._ground]
 
     @cached_property
     def _ground(self) -> tuple[str, ...]:
