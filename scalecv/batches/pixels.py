@@ -8,6 +8,10 @@ from scalecv.config import Augment, Data
 from scalecv.errors import ConfigError, DataError
 from scalecv.shards.manifest import Manifest
 
+ONE_VALUE_STD = 1e12
+"""Standard deviation that stands for that of a band with one value (an opaque alpha): the band becomes 0, and stays so
+where another image has other values there, which the network has never seen."""
+
 
 @dataclass(frozen=True)
 class Pixels:
@@ -80,8 +84,7 @@ def pixels_of(manifest: Manifest, data: Data, where: str) -> Pixels:
         size_px=data.size_px,
         resize=data.resize,
         mean=tuple(mean.tolist()),
-        # A band without variance (an opaque alpha) would divide by zero: it becomes all zeros.
-        std=tuple(np.where(std > 1e-6 * (1 + np.abs(mean)), std, 1.0).tolist()),
+        std=tuple(np.where(std > 1e-6 * (1 + np.abs(mean)), std, ONE_VALUE_STD).tolist()),
         classes=manifest.classes,
         mask_values=manifest.mask_values,
         mask_ignore=manifest.mask_ignore,

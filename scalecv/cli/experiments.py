@@ -59,8 +59,8 @@ def _trained(result: Any) -> list[str]:
     scores = "  ".join(
         f"{name} {value:.4f}"
         for name, value in result.metrics.items()
-        if name.split("/")[-1] in ("iou", "f1", "average_precision", "threshold")
-        or (name.split("/")[-1] in ("accuracy", "macro_accuracy") and "val/iou" not in result.metrics)
+        if name.split("/")[-1] in ("iou", "f1", "average_precision", "threshold", "psnr", "bicubic_psnr", "ssim")
+        or (name.split("/")[-1] in ("accuracy", "macro_accuracy") and f"{name.split('/')[0]}/iou" not in result.metrics)
     )
     epochs = f"{result.epochs} epoch{'s' if result.epochs != 1 else ''}"
     first = f"{result.status} after {epochs}"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from scalecv import storage
 from scalecv.artifacts import bundle, tracking
 from scalecv.errors import ConfigError, DataError
-from scalecv.serve.evaluate import check
+from scalecv.serve.evaluate import check, pixels_for
 from scalecv.shards.store import open_dataset
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def rank_bands(
             "row, so two are needed; take another --split"
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pixels = opened.pixels()
+    pixels = pixels_for(opened, dataset.manifest)
     task = task_for(opened.facts.task, pixels, opened.facts.call.arch, opened.facts.call.args)
     network = opened.model.to(device)
     feed = Feed(dataset, split, pixels, batch, seed=seed, is_training=True, threads=os.cpu_count() or 1)

@@ -225,7 +225,7 @@ def assign_splits(
         )
     if not _rows(table, "train"):
         said.append("no training images: this dataset can be evaluated, not trained on")
-    elif not _rows(table, "val"):
+    elif not _rows(table, "val") and (val or not given):
         said.append("no validation images: give more images, a val folder, or --split 80/10/10")
     leaks = table.execute(
         "SELECT count(*), min(grp) FROM (SELECT grp FROM (SELECT grp, split FROM rows WHERE grp IS NOT NULL "
