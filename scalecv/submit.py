@@ -26,6 +26,8 @@ from scalecv.loopback import is_loopback
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 NOT_AS_A_JOB = ("submit", "ui")
 ANSWER_S = 10.0
+NODES_S = 60.0
+"""Seconds for which a cluster that has just started may not know its nodes."""
 INTERRUPTED = 75
 PATIENT_INTERRUPTS = 3
 
@@ -153,7 +155,7 @@ def _is_this_machine(server: str, token: str | None) -> bool:
     """Whether all nodes are this machine; a loopback address may also be a tunnel to elsewhere."""
     if not is_loopback(urlsplit(server).hostname):
         return False
-    ends = time.monotonic() + ANSWER_S
+    ends = time.monotonic() + NODES_S
     while True:
         _, answer = _get(server, "/nodes?view=summary", token)
         nodes = ((answer or {}).get("data") or {}).get("summary") or []

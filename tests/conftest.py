@@ -15,16 +15,6 @@ from scalecv.testing.store_proxy import StoreProxy
 DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 _ENDINGS = (".zip", ".tar", ".tar.xz")
 
-_SERVERS = {"ray_local", "_s3_server"}
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of the processes that test side by side one starts all servers, first of all; other files stay whole."""
-    for item in items:
-        is_served = item.get_closest_marker("e2e") or _SERVERS & set(getattr(item, "fixturenames", ()))
-        item.add_marker(pytest.mark.xdist_group("servers" if is_served else item.nodeid.partition("::")[0]))
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group").args != ("servers",))
-
 
 @pytest.fixture(scope="session")
 def shared_data(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
