@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from scalecv.cli import bands, bench, data, experiments, operations, predictions, records
+from scalecv.cli import bands, bench, data, experiments, operations, predictions, records, sweeps
 from scalecv.cli.output import clean_streams, has_printed, keep_stdout_for_json, print_json
 from scalecv.errors import ScalecvError
 
@@ -23,6 +23,7 @@ app = typer.Typer(
 app.command()(experiments.demo)
 app.command()(data.ingest)
 app.command()(experiments.train)
+app.command()(sweeps.tune)
 app.command()(experiments.evaluate)
 app.command()(predictions.predict)
 app.command()(bands.bands)

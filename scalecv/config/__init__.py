@@ -10,6 +10,7 @@ from scalecv.config.experiment import Experiment
 from scalecv.config.files import build, dump, flatten, json_schema, load, origins, parse_overrides, read, with_overrides
 from scalecv.config.frozen import Frozen, Scalar
 from scalecv.config.network import IMAGE_TERMS, LOSS_TERMS, Loss, Model
+from scalecv.config.search import Search, Spec
 from scalecv.config.text import parse_yaml
 from scalecv.config.training import Scale, Track, Train
 from scalecv.config.upscale import Upscale
@@ -27,6 +28,8 @@ __all__ = [
     "Sampling",
     "Scalar",
     "Scale",
+    "Search",
+    "Spec",
     "Track",
     "Train",
     "Upscale",

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from scalecv.config.data import Cache, Data
 from scalecv.config.frozen import Frozen
 from scalecv.config.network import Loss, Model
+from scalecv.config.search import Search
 from scalecv.config.training import Scale, Track, Train
 from scalecv.config.upscale import Upscale
 
@@ -40,6 +41,8 @@ class Experiment(Frozen):
     """Where the run executes."""
     track: Track = Track()
     """What is recorded, and where."""
+    search: Search = Search()
+    """What `scalecv tune` may change, and what it may cost."""
 
     @model_validator(mode="after")
     def _fits(self) -> "Experiment":
@@ -68,7 +71,7 @@ class Experiment(Frozen):
     def identity(self) -> str:
         """SHA-256 of all that makes the result: more epochs, other hardware or tracking leave it as it is."""
         tree = self.model_dump(mode="json")
-        for key in ("scale", "track", "cache", "question"):
+        for key in ("scale", "track", "cache", "question", "search"):
             tree.pop(key)
         tree["train"].pop("epochs")
         for key in ("uri", "get", "reader", "decode", "decode_threads", "max_bad"):

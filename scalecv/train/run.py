@@ -6,7 +6,7 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,8 @@ def train(
     code_dirs: tuple[str, ...] = (),
     allow_import: bool = True,
     tell: Callable[[Event], None] = lambda _: None,
+    pause: Callable[[Event], bool] = lambda _: False,
+    tags: Mapping[str, str] | None = None,
 ) -> Result:
     """Train an experiment to its end, going on from where an earlier command of the same name stopped.
 
@@ -65,6 +67,8 @@ def train(
         code_dirs: folders whose modules the workers must find, such as the experiment's own.
         allow_import: whether model.arch may name a function to import; False for an experiment out of a record.
         tell: called with each event, for a live display.
+        pause: called with each event; once it is true the run saves and stops, as on Ctrl-C.
+        tags: further tags of the MLflow run.
     Raises: UserError: wrong input, nothing was started. Interrupted: stopped on request, state saved.
         ScalecvError: the run failed.
     """
@@ -95,7 +99,8 @@ def train(
             tell({"kind": "progress", "message": f"goes on with {run.uri} (--new starts over)"})
         if trouble:
             tell({"kind": "progress", "message": f"{trouble}. The run goes on; its record waits in {run.uri}"})
-        return _record_and_run(experiment, run, uri, code_dirs, tell, patience_s=5 if trouble else 60)
+        wait_s = 5 if trouble else 60
+        return _record_and_run(experiment, run, uri, code_dirs, tell, pause, tags or {}, patience_s=wait_s)
 
 
 def _record_and_run(
@@ -104,6 +109,8 @@ def _record_and_run(
     uri: str,
     code_dirs: tuple[str, ...],
     tell: Callable[[Event], None],
+    pause: Callable[[Event], bool],
+    tags: Mapping[str, str],
     patience_s: float,
 ) -> Result:
     path = runs.local_folder(run) / "spool.jsonl"
@@ -114,7 +121,7 @@ def _record_and_run(
 
     def start_sending() -> tracking.Sender:
         if not senders:
-            senders.append(_sender(experiment, run, uri))
+            senders.append(_sender(experiment, run, uri, tags))
         return senders[0]
 
     def hear(event: Event) -> None:
@@ -123,6 +130,9 @@ def _record_and_run(
         if event["kind"] == "result":
             results.append(event)
         tell(event)
+        if not stop.is_set() and pause(event):
+            stop.set()
+            storage.put(storage.join(run.uri, "STOP"), b"stop")
 
     status, stop = "FAILED", threading.Event()
     try:
@@ -166,11 +176,11 @@ def _complete(experiment: Experiment, run: runs.Run, uri: str, patience_s: float
     return Result(**{**told, "run_id": sender.run_id or told["run_id"]})
 
 
-def _sender(experiment: Experiment, run: runs.Run, uri: str) -> tracking.Sender:
+def _sender(experiment: Experiment, run: runs.Run, uri: str, tags: Mapping[str, str] | None = None) -> tracking.Sender:
     """Begin to pass on what the run's spool holds."""
     folder = runs.local_folder(run)
     where = (folder / "spool.jsonl", folder / "spool.sent.json", uri, experiment.track.experiment, experiment.name)
-    return tracking.Sender(*where, run.key, _tags(experiment))
+    return tracking.Sender(*where, run.key, {**_tags(experiment), **(tags or {})})
 
 
 RESULT_KEYS = (
@@ -189,7 +199,8 @@ RESULT_KEYS = (
 def _introduce(experiment: Experiment, run: runs.Run, path: Path) -> None:
     """What the record of a run begins with."""
     manifest = run.dataset.manifest
-    flat = {key: value for key, value in flatten(experiment.model_dump(mode="json")).items() if value not in ({}, None)}
+    tree = experiment.model_dump(mode="json", exclude={"search"})
+    flat = {key: value for key, value in flatten(tree).items() if value not in ({}, None)}
     spool.append(path, {"kind": "params", "params": flat})
     spool.append(path, {"kind": "text", "file": "experiment.yaml", "text": dump(experiment)})
     diff = tracking.working_diff()

@@ -1,0 +1,34 @@
+"""Verbs on many runs of one experiment: tune."""
+
+import sys
+from pathlib import Path
+
+from scalecv.cli.experiments import ExperimentPath, Overrides, _experiment
+from scalecv.cli.output import Json, Quiet, print_json
+from scalecv.errors import ConfigError
+
+
+def tune(
+    experiment: ExperimentPath,
+    overrides: Overrides = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Search an experiment's space; the same command again continues it."""
+    from scalecv.display import Display
+    from scalecv.search import sweep
+
+    if experiment.startswith("runs:/"):
+        raise ConfigError(f"{experiment} is a record; tune searches the space of an experiment file")
+    display = Display(quiet=quiet)
+    code = (str(Path(experiment).resolve().parent),)
+    swept = sweep.tune(_experiment(experiment, overrides), code_dirs=code, tell=display)
+    if as_json:
+        print_json(sweep.as_json(swept))
+        return
+    sys.stdout.write(sweep.table(list(swept.trials), swept.metric))
+    if swept.best is not None:
+        display.line(f"best      trial {swept.best.number}, {swept.metric} {swept.best.metrics[swept.metric]:.4f}")
+        display.line(f"bundle    {swept.best.bundle}")
+    display.line(f"verdict   {swept.verdict}")
+    display.line(f"MLflow    run {swept.run_id or '(not reached)'} in {swept.tracking_uri}: scalecv ui")

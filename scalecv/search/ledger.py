@@ -1,0 +1,75 @@
+"""What a sweep knows, on storage: one small object for each trial, written whole whenever it changes.
+
+STORAGE/NAME/sweep.json           key of the sweep and the hash of what it searches
+STORAGE/NAME/trials/0007.json     record of a trial
+STORAGE/NAME/runs/NAME-0007/      its run: checkpoints, bundle, spool
+"""
+
+import hashlib
+import json
+import uuid
+from dataclasses import asdict, replace
+from typing import Any
+
+from scalecv import redact, storage
+from scalecv.config import Experiment
+from scalecv.errors import ConfigError
+from scalecv.search.trials import Point, Trial
+
+
+class Ledger:
+    """The records of one sweep; a single driver writes them (it holds the name's lease)."""
+
+    def __init__(self, home: str, experiment: Experiment) -> None:
+        """Open the ledger, or begin it.
+
+        Raises: ConfigError: the name belongs to a sweep over another space or another experiment.
+        """
+        self.home = home
+        told = _read(storage.join(home, "sweep.json"))
+        identity = _identity(experiment)
+        if told is None:
+            told = {"key": uuid.uuid4().hex, "identity": identity}
+            storage.put(storage.join(home, "sweep.json"), json.dumps(told).encode())
+        if told["identity"] != identity:
+            raise ConfigError(
+                f"name={experiment.name} belongs to another sweep at {home}, over another space or experiment: give "
+                "this one another name (more search.trials or search.budget go on with the same)"
+            )
+        self.key: str = told["key"]
+        self.trials: list[Trial] = []
+        for number in range(len(storage.list_names(storage.join(home, "trials")))):
+            record = _read(self._place(number))
+            if record is None:
+                break
+            points = tuple(Point(**point) for point in record.pop("points"))
+            self.trials.append(Trial(**record, points=points))
+
+    def keep(self, trial: Trial) -> None:
+        """Write a record, and have it in the list."""
+        storage.put(self._place(trial.number), json.dumps(redact.clean_tree(asdict(trial)), indent=1).encode())
+        self.trials[trial.number : trial.number + 1] = [trial]
+
+    def wake(self) -> None:
+        """Segments that a killed driver left under way are to be run on."""
+        for trial in self.trials:
+            if trial.status == "running":
+                self.keep(replace(trial, status="waiting"))
+
+    def _place(self, number: int) -> str:
+        return storage.join(self.home, "trials", f"{number:04d}.json")
+
+
+def _identity(experiment: Experiment) -> str:
+    space = {key: spec.model_dump(mode="json") for key, spec in experiment.search.space.items()}
+    how = experiment.search.model_dump(mode="json", include={"metric", "scheduler", "rung_epochs", "eta"})
+    tree = [experiment.identity(), experiment.train.epochs, space, how]
+    return hashlib.sha256(json.dumps(tree, sort_keys=False).encode()).hexdigest()
+
+
+def _read(uri: str) -> dict[str, Any] | None:
+    try:
+        told = json.loads(storage.get(uri))
+    except FileNotFoundError:
+        return None
+    return told if isinstance(told, dict) else None
