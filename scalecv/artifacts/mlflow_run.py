@@ -14,6 +14,8 @@ from scalecv.artifacts import mlflow_client
 from scalecv.artifacts.spool import Event
 
 RUN_KEY = "scalecv.run_key"
+PARENT_KEY = "scalecv.parent_key"
+"""Key of the run above this one, such as a sweep's: it may be told to MLflow later than this one."""
 MOST_METRICS = 1000
 MOST_PAIRS = 100
 MOST_TEXT = 4000
@@ -49,9 +51,13 @@ class Run:
 
 
 def open_run(uri: str, experiment: str, name: str, key: str, tags: Mapping[str, str], start_ms: int | None) -> Run:
-    """The run with the tag `scalecv.run_key` = `key`, or a new one; never a second one."""
+    """The run with the tag `scalecv.run_key` = `key`, or a new one; never a second one.
+
+    Raises: LookupError: the run above it, which the tag `scalecv.parent_key` names, is not there yet.
+    """
     client = mlflow_client.client(uri)
     experiment_id = _experiment(client, uri, experiment)
+    tags = _below(client, experiment_id, tags)
     quoted = key.replace("'", "")
     found = client.search_runs([experiment_id], f"tags.`{RUN_KEY}` = '{quoted}'", max_results=1)
     if found:
@@ -63,6 +69,17 @@ def open_run(uri: str, experiment: str, name: str, key: str, tags: Mapping[str, 
     every = {t.key: t.value for t in _tags({**tags, RUN_KEY: quoted})}
     made = client.create_run(experiment_id, start_time=start_ms, tags=every, run_name=name)
     return Run(client, made.info.run_id, experiment_id)
+
+
+def _below(client: Any, experiment_id: str, tags: Mapping[str, str]) -> Mapping[str, str]:
+    """The tags, with the ID of the run above where there is one."""
+    parent = tags.get(PARENT_KEY)
+    if parent is None:
+        return tags
+    found = client.search_runs([experiment_id], f"tags.`{RUN_KEY}` = '{parent}'", max_results=1)
+    if not found:
+        raise LookupError("the run above it is not there yet")
+    return {**tags, "mlflow.parentRunId": found[0].info.run_id}
 
 
 def newest(run: Run) -> dict[str, int]:

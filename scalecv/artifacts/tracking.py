@@ -27,6 +27,7 @@ from scalecv.artifacts.lookup import lookup as lookup
 from scalecv.artifacts.lookup import resolved_experiment as resolved_experiment
 from scalecv.artifacts.mlflow_client import probe as probe
 from scalecv.artifacts.mlflow_client import tracking_uri as tracking_uri
+from scalecv.artifacts.mlflow_run import PARENT_KEY as PARENT_KEY
 from scalecv.artifacts.provenance import run_facts as run_facts
 from scalecv.artifacts.provenance import working_diff as working_diff
 from scalecv.artifacts.sent import Sent, waiting_in

@@ -16,19 +16,22 @@ def tune(
 ) -> None:
     """Search an experiment's space; the same command again continues it."""
     from scalecv.display import Display
-    from scalecv.search import sweep
+    from scalecv.search.report import as_json as plain
+    from scalecv.search.report import table
+    from scalecv.search.space import told
+    from scalecv.search.sweep import tune as run
 
     if experiment.startswith("runs:/"):
         raise ConfigError(f"{experiment} is a record; tune searches the space of an experiment file")
     display = Display(quiet=quiet)
     code = (str(Path(experiment).resolve().parent),)
-    swept = sweep.tune(_experiment(experiment, overrides), code_dirs=code, tell=display)
+    swept = run(_experiment(experiment, overrides), code_dirs=code, tell=display)
     if as_json:
-        print_json(sweep.as_json(swept))
+        print_json(plain(swept))
         return
-    sys.stdout.write(sweep.table(list(swept.trials), swept.metric))
+    sys.stdout.write(table(swept.trials, swept.metric))
     if swept.best is not None:
-        display.line(f"best      trial {swept.best.number}, {swept.metric} {swept.best.metrics[swept.metric]:.4f}")
+        display.line(f"best      trial {swept.best.number}: {told(swept.best.overrides)}")
         display.line(f"bundle    {swept.best.bundle}")
     display.line(f"verdict   {swept.verdict}")
     display.line(f"MLflow    run {swept.run_id or '(not reached)'} in {swept.tracking_uri}: scalecv ui")

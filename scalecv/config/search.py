@@ -48,9 +48,11 @@ class Search(Frozen):
     trials: int = Field(16, ge=1, le=100_000)
     """Most trials that are begun."""
     budget: str | None = None
-    """Most device-seconds of all trials together, as 4h, 90m or 600s; empty: as long as the trials take."""
+    """Device-seconds of all trials together, as 4h, 90m or 600s, after which no stretch of a trial begins; those under
+    way go to their rung. Empty: as long as the trials take."""
     metric: str | None = None
-    """What decides, as val/iou; empty takes train.metric, or the task's headline on val. Never a loss."""
+    """What decides, as val/iou; empty takes train.metric, or the task's headline on val. Never a loss. Trials
+    keep their best weights by it."""
     scheduler: Literal["promote", "none"] = "promote"
     """promote: trials pause at rungs, and the best of each rung go on (successive halving); none: each to its end."""
     rung_epochs: int = Field(1, ge=1)

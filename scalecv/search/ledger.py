@@ -1,8 +1,10 @@
 """What a sweep knows, on storage: one small object for each trial, written whole whenever it changes.
 
-STORAGE/NAME/sweep.json           key of the sweep and the hash of what it searches
-STORAGE/NAME/trials/0007.json     record of a trial
-STORAGE/NAME/runs/NAME-0007/      its run: checkpoints, bundle, spool
+    STORAGE/NAME/sweep.json           key of the sweep and the hash of what it searches
+    STORAGE/NAME/trials/0007.json     record of a trial
+    STORAGE/NAME/runs/NAME-0007/      its run: checkpoints, bundle, spool
+A segment that was under way when its driver died is run again from its run's checkpoint; its seconds until then are
+in no record.
 """
 
 import hashlib
@@ -13,7 +15,7 @@ from typing import Any
 
 from scalecv import redact, storage
 from scalecv.config import Experiment
-from scalecv.errors import ConfigError
+from scalecv.errors import ConfigError, DataError
 from scalecv.search.trials import Point, Trial
 
 
@@ -42,8 +44,14 @@ class Ledger:
             record = _read(self._place(number))
             if record is None:
                 break
-            points = tuple(Point(**point) for point in record.pop("points"))
-            self.trials.append(Trial(**record, points=points))
+            try:
+                points = tuple(Point(**point) for point in record.pop("points"))
+                self.trials.append(Trial(**record, points=points))
+            except (KeyError, TypeError) as error:
+                where = self._place(number)
+                raise DataError(
+                    f"{where} is no record of a trial ({error}): restore it, or give the sweep another name"
+                ) from None
 
     def keep(self, trial: Trial) -> None:
         """Write a record, and have it in the list."""
@@ -72,4 +80,8 @@ def _read(uri: str) -> dict[str, Any] | None:
         told = json.loads(storage.get(uri))
     except FileNotFoundError:
         return None
-    return told if isinstance(told, dict) else None
+    except ValueError as error:
+        raise DataError(f"{uri} is not JSON ({error}): restore it, or give the sweep another name") from None
+    if not isinstance(told, dict):
+        raise DataError(f"{uri} is no record of a sweep: restore it, or give the sweep another name")
+    return told

@@ -1,28 +1,34 @@
-"""The door to Ray Tune: it runs segments on the cluster's free CPUs, in processes that stay warm."""
+"""The door to Ray Tune: it runs segments on the cluster's free CPUs and GPUs, in processes that stay warm."""
 
 import json
 import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
 from ray import tune
 from ray.tune.search import Searcher
 
+from scalecv.train.signals import in_thread
+
+QUIET = {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_CHDIR_TO_TRIAL_DIR": "0"}
+FINISHED: str = Searcher.FINISHED
+
+Suggest = Callable[[str], dict[str, Any] | str | None]
+"""Tune's name of a segment -> what it is given; None: nothing now; FINISHED: nothing is left."""
+Ended = Callable[[str, dict[str, Any] | None], None]
+"""(Tune's name of a segment, what it returned); None where its process died."""
+
 
 class _Asks(Searcher):  # type: ignore[misc]  # ray is untyped here
     """Passes Tune's questions on."""
 
-    def __init__(
-        self,
-        suggest: Callable[[str], dict[str, Any] | str | None],
-        ended: Callable[[str, dict[str, Any] | None], None],
-    ) -> None:
+    def __init__(self, suggest: Suggest, ended: Ended) -> None:
         super().__init__(metric=None, mode="max")
         self._suggest, self._ended = suggest, ended
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        found = self._suggest(trial_id)
-        return Searcher.FINISHED if found == "finished" else found
+        return self._suggest(trial_id)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         said = None if error or not result else result.get("outcome")
@@ -39,36 +45,35 @@ class _Asks(Searcher):  # type: ignore[misc]  # ray is untyped here
 
 
 def run(
-    suggest: Callable[[str], dict[str, Any] | str | None],
-    ended: Callable[[str, dict[str, Any] | None], None],
+    suggest: Suggest,
+    ended: Ended,
     folder: str,
     segment: Callable[[dict[str, Any]], dict[str, Any]],
-    cpus: float,
-    concurrent: int | None,
+    resources: dict[str, float],
+    most: int,
 ) -> None:
-    """Run segments until `suggest` says "finished", or Ctrl-C.
+    """Run segments until `suggest` says FINISHED.
 
     Args:
-        suggest: what the next one is given; None: not now.
-        ended: told what `segment` returned, or None where its process died.
+        suggest: what the next one is given.
+        ended: told how it ended.
         folder: for Tune's own files.
         segment: runs in a process of the cluster.
-        cpus: that one takes.
-        concurrent: most at a time; None: as many as there is room for.
+        resources: that one takes, as {"CPU": 1}.
+        most: segments at a time.
     """
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
 
     def trainable(config: dict[str, Any]) -> None:
         tune.report({"outcome": json.dumps(segment(config))})  # Tune flattens what is nested
 
     tuner = tune.Tuner(
-        tune.with_resources(trainable, {"CPU": cpus}),
+        tune.with_resources(trainable, resources),
         tune_config=tune.TuneConfig(
-            search_alg=_Asks(suggest, ended),
-            num_samples=-1,
-            max_concurrent_trials=concurrent,
-            reuse_actors=True,
+            search_alg=_Asks(suggest, ended), num_samples=-1, max_concurrent_trials=most, reuse_actors=True
         ),
         run_config=tune.RunConfig(name="sweep", storage_path=folder, verbose=0),
     )
-    tuner.fit()
+    in_thread(tuner.fit, "ray-tune")  # signals are ours: a sweep pauses its runs before it ends

@@ -15,37 +15,37 @@ def run_segment(
     Args:
         experiment: of the trial.
         metric: the objective.
-        until: epochs after which the run saves and pauses; None trains to the end.
+        until: epochs after which the run pauses; None trains to the end.
         tags: of the trial's MLflow run.
         code_dirs: folders with the user's own networks.
     """
+    from scalecv.train import checkpoint, runs
     from scalecv.train.run import train
 
-    points: list[dict[str, Any]] = []
-    last: dict[str, float] = {}
+    told: dict[str, Any] = {"status": "paused", "cause": "", "metrics": {}}
 
-    def hear(event: dict[str, Any]) -> bool:
-        if event.get("is_epoch_end"):
-            last.update(event["metrics"])
-            points.append({"epoch": event["epoch"], "value": event["metrics"].get(metric)})
-            return until is not None and event["epoch"] >= until
-        return False
+    def hear(event: dict[str, Any]) -> None:
+        if event["kind"] == "recorded" and event["run_id"]:
+            told["run_id"] = event["run_id"]
 
     began = time.monotonic()
-    told: dict[str, Any] = {"status": "paused", "cause": ""}
     try:
-        result = train(experiment, code_dirs=code_dirs, pause=hear, tags=tags)
-        told = {"status": "finished", "cause": "", "run_id": result.run_id, "bundle": result.bundle}
-        told["weights_hash"] = result.weights_hash
-        last.update(result.metrics)
+        result = train(experiment, code_dirs=code_dirs, tell=hear, until=until, tags=tags)
+        told |= {"status": "finished", "bundle": result.bundle, "weights_hash": result.weights_hash}
+        told |= {"run_id": result.run_id, "metrics": result.metrics}
     except Interrupted:
         pass
     except ScalecvError as error:
-        told = {"status": "failed", "cause": str(error).splitlines()[0]}
+        told |= {"status": "failed", "cause": str(error).splitlines()[0]}
     except Exception as error:  # a bug in a trial's network is that trial's, and leaves the others running
         said = str(error).strip().splitlines() or [""]
-        told = {"status": "failed", "cause": f"{type(error).__name__}: {said[0]}"}
-    devices = max(1, experiment.scale.workers)
-    took = (time.monotonic() - began) * devices
-    known = [point for point in points if point["value"] is not None]
-    return {**told, "device_s": took, "points": known, "metrics": dict(last)}
+        told |= {"status": "failed", "cause": f"{type(error).__name__}: {said[0]}"}
+    took = time.monotonic() - began
+    # From the checkpoint and not from what was told: a driver that was killed has not heard all of it.
+    place = runs.newest(experiment)
+    epochs = checkpoint.history(place) if place else []
+    if told["status"] == "paused" and (until is None or len(epochs) < until):
+        told["status"] = "waiting"  # asked to stop on the way
+    told["metrics"] = {**(epochs[-1] if epochs else {}), **told["metrics"]}
+    points = [{"epoch": int(one["epoch"]), "value": one[metric]} for one in epochs if metric in one]
+    return {**told, "device_s": took * max(1, experiment.scale.workers), "points": points}

@@ -5,10 +5,12 @@
 A Tune trial is one segment and ends by itself, so nothing is ever killed to stop a trial: its run saves and returns.
 """
 
-import os
+import contextlib
 import tempfile
+import threading
+import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,31 +20,19 @@ from scalecv.config import Experiment, dump
 from scalecv.errors import ConfigError, Interrupted, ScalecvError
 from scalecv.search.ledger import Ledger
 from scalecv.search.promotion import best_of, first_rung, next_segment
+from scalecv.search.report import Swept, table
 from scalecv.search.segment import run_segment
 from scalecv.search.space import draw, resolve, told
 from scalecv.search.trials import Point, Trial
 from scalecv.shards.store import open_dataset
 from scalecv.train import runs
-from scalecv.train.checks import check
+from scalecv.train.checks import check, check_names, check_network
 from scalecv.train.run import same_everywhere
+from scalecv.train.signals import stop_on_signals
 
 Event = dict[str, Any]
 SAME_FAILURES = 3
 """First trials that all fail with the same message end the sweep: so would the others."""
-
-
-@dataclass(frozen=True)
-class Swept:
-    """How a sweep stands."""
-
-    sweep_id: str
-    name: str
-    metric: str
-    trials: tuple[Trial, ...]
-    best: Trial | None
-    verdict: str
-    run_id: str | None
-    tracking_uri: str
 
 
 def tune(
@@ -57,42 +47,69 @@ def tune(
     Raises: UserError: wrong input, nothing was started. Interrupted: stopped on request, the same command goes on.
         ScalecvError: the sweep failed.
     """
-    search = experiment.search
-    if not search.space:
+    if not experiment.search.space:
         raise ConfigError(
             "search.space is empty: name keys and their values, as "
             "search: {space: {train.lr: {loguniform: [1e-4, 1e-2]}}}"
         )
+    experiment = _alike(same_everywhere(experiment))
+    manifest = open_dataset(experiment.data.uri, experiment.data.version).manifest
+
+    def approve(one: Experiment) -> None:
+        check(one, manifest)
+        check_names(one)
+        check_network(one, manifest)
+
+    draw(experiment, 0, approve)  # a space that cannot work is told before anything is written
+    storage.check_writable(runs.home(experiment))
+    with runs.lease(experiment):
+        ledger = Ledger(runs.home(experiment), experiment)
+        ledger.wake()
+        return _Sweep(experiment, ledger, approve, tell).run(code_dirs)
+
+
+def _alike(experiment: Experiment) -> Experiment:
+    """The experiment whose runs keep what is best by the objective; trials of one worker need no process beside theirs.
+
+    Raises: ConfigError: the objective would be a loss.
+    """
     from scalecv.tasks import TASKS
 
-    experiment = same_everywhere(experiment)
-    manifest = open_dataset(experiment.data.uri, experiment.data.version).manifest
-    metric = search.metric or experiment.train.metric or f"val/{TASKS[experiment.task].headline}"
-    home = runs.home(experiment)
-    storage.check_writable(home)
-    with runs.lease(experiment):
-        ledger = Ledger(home, experiment)
-        ledger.wake()
-        sweep = _Sweep(experiment, metric, ledger, manifest, tell)
-        return sweep.run(code_dirs)
+    metric = experiment.search.metric or experiment.train.metric or f"val/{TASKS[experiment.task].headline}"
+    if metric.endswith("/loss"):
+        raise ConfigError(
+            f"train.metric={metric} depends on the weights that are searched: set search.metric, as val/iou"
+        )
+    train = experiment.train.model_copy(update={"metric": metric})
+    workers = experiment.scale.workers if experiment.scale.workers > 1 else 0
+    scale = experiment.scale.model_copy(update={"workers": workers, "min_workers": None})
+    return experiment.model_copy(update={"train": train, "scale": scale})
 
 
 class _Sweep:
     """A sweep under way: what Tune asks it, and what it is told."""
 
     def __init__(
-        self, experiment: Experiment, metric: str, ledger: Ledger, manifest: Any, tell: Callable[[Event], None]
+        self,
+        experiment: Experiment,
+        ledger: Ledger,
+        approve: Callable[[Experiment], None],
+        tell: Callable[[Event], None],
     ) -> None:
-        self.experiment, self.search, self.metric, self.ledger = experiment, experiment.search, metric, ledger
-        self.manifest, self.tell = manifest, tell
         from scalecv.tasks.task import is_cost
 
-        self.sign = -1.0 if is_cost(metric) else 1.0
+        self.experiment, self.ledger, self.approve, self.tell = experiment, ledger, approve, tell
+        self.metric = str(experiment.train.metric)
+        self.sign = -1.0 if is_cost(self.metric) else 1.0
         self.under_way: dict[str, int] = {}
         self.failure = ""
+        self.stopping = threading.Event()
         self.uri = tracking.tracking_uri(experiment.track.uri)
-        local = storage.is_local(ledger.home)
-        folder = Path(ledger.home) if local else runs.cache_folder() / ledger.key
+        trouble = tracking.probe(self.uri)
+        self.patience_s = 5.0 if trouble else 60.0
+        if trouble:
+            self._say(f"{trouble}. The sweep goes on; its record waits in {ledger.home}")
+        folder = Path(ledger.home) if storage.is_local(ledger.home) else runs.cache_folder() / ledger.key
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "spool.jsonl"
         about = (self.uri, experiment.track.experiment, experiment.name, ledger.key)
@@ -101,45 +118,51 @@ class _Sweep:
     def run(self, code_dirs: tuple[str, ...]) -> Swept:
         """Run until nothing is left to do."""
         if not self.ledger.trials:
-            params = {key: str(spec.model_dump(exclude_none=True)) for key, spec in self.search.space.items()}
-            spool.append(self.path, {"kind": "params", "params": {f"search.space.{k}": v for k, v in params.items()}})
+            space = {key: str(spec.model_dump(exclude_none=True)) for key, spec in self.experiment.search.space.items()}
+            spool.append(self.path, {"kind": "params", "params": {f"search.space.{k}": v for k, v in space.items()}})
             spool.append(self.path, {"kind": "text", "file": "experiment.yaml", "text": dump(self.experiment)})
         status = "FAILED"
         try:
-            if self._peek():
+            if self._next() is not None:
                 self._run_tune(code_dirs)
                 self.ledger.wake()
             if self.failure:
                 raise ScalecvError(self.failure)
-            if self._peek():
+            if self._next() is not None:
                 status = "KILLED"
                 raise Interrupted(
                     f"stopped as asked, all trials are kept in {self.ledger.home}: the same command goes on"
                 )
             status = "FINISHED"
-            for trial in self.ledger.trials:
-                if trial.status == "paused":
-                    self._keep(replace(trial, status="stopped", cause=f"behind others after epoch {trial.epochs}"))
             return self._swept()
         finally:
             spool.append(self.path, {"kind": "end", "status": status})
-            if not self.sender.close(30.0):
+            if not self.sender.close(self.patience_s):
                 self._say(self.sender.waiting())
 
     def suggest(self, tune_id: str) -> dict[str, Any] | str | None:
-        """The next segment as what Tune gives to `run_segment`; None: not now; "finished": nothing is left."""
-        found = None if self.failure else self._next()
+        """The next segment, for `ray_tune.run`."""
+        from scalecv.search.ray_tune import FINISHED
+
+        ends = self.failure or self.stopping.is_set()
+        found = None if ends else self._next()
         if found is None:
-            return None if self.under_way and not self.failure else "finished"
+            return None if self.under_way and not ends else FINISHED
         if isinstance(found, int):
-            drawn = draw(self.experiment, found, self._approve)
+            try:
+                drawn = draw(self.experiment, found, self.approve)
+            except ConfigError as error:
+                self.failure = str(error)
+                return FINISHED
             for reason in drawn.left_out:
                 self._say(f"left out {reason}")
-            found = Trial(found, drawn.overrides, until=first_rung(self.search, self.experiment.train.epochs))
+            found = Trial(
+                found, drawn.overrides, until=first_rung(self.experiment.search, self.experiment.train.epochs)
+            )
         trial = replace(found, status="running")
         self.ledger.keep(trial)
         self.under_way[tune_id] = trial.number
-        return {"number": trial.number, "until": trial.until, "experiment": self._of(trial).model_dump(mode="json")}
+        return {"until": trial.until, "experiment": self._of(trial).model_dump(mode="json")}
 
     def ended(self, tune_id: str, result: dict[str, Any] | None) -> None:
         """Record what a segment told; nothing told means that its process died."""
@@ -148,68 +171,85 @@ class _Sweep:
             return
         trial = self.ledger.trials[number]
         outcome = result or {"status": "failed", "cause": "its process ended without a word"}
-        points = {point.epoch: point for point in trial.points}
-        points |= {point["epoch"]: Point(**point) for point in outcome.pop("points", ())}
+        points = tuple(Point(**point) for point in outcome.pop("points", ())) or trial.points
         spent = trial.device_s + outcome.pop("device_s", 0.0)
-        known = tuple(points[epoch] for epoch in sorted(points))
-        self._keep(replace(trial, points=known, device_s=spent, **outcome))
+        trial = replace(trial, points=points, device_s=spent, **outcome)
+        self.ledger.keep(trial)
+        now = f"{self.metric} {points[-1].value:.4f} after epoch {trial.epochs}" if points else ""
+        self._say(f"trial {number} {trial.status}: {told(trial.overrides)}: {trial.cause or now}")
+        self._record()
         failed = [one.cause for one in self.ledger.trials if one.status == "failed"]
         if len(failed) >= SAME_FAILURES and len(failed) == len(self.ledger.trials) and len({*failed}) == 1:
             self.failure = f"the first {len(failed)} trials all failed: {failed[0]}"
 
-    def _keep(self, trial: Trial) -> None:
-        self.ledger.keep(trial)
-        value = trial.points[-1].value if trial.points else float("nan")
-        now = f"{self.metric} {value:.4f} after epoch {trial.epochs}" if trial.points else trial.cause
-        self._say(f"trial {trial.number} {trial.status}: {told(trial.overrides)}: {now}")
-        best = best_of(self.ledger.trials, self.experiment.train.epochs, self.sign)
-        spent = sum(one.device_s for one in self.ledger.trials)
-        metrics = {"sweep/trials": float(len(self.ledger.trials)), "sweep/device_s": spent}
+    def _record(self) -> None:
+        trials, epochs = self.ledger.trials, self.experiment.train.epochs
+        best, spent = best_of(trials, epochs, self.sign), sum(one.device_s for one in trials)
+        metrics = {"sweep/trials": float(len(trials)), "sweep/device_s": spent}
         if best is not None:
-            metrics[f"best/{self.metric}"] = self.sign * best.value(self.experiment.train.epochs, self.sign)
+            metrics[f"best/{self.metric}"] = self.sign * best.value(epochs, self.sign)
         spool.append(self.path, {"kind": "metrics", "step": int(spent * 1000), "metrics": metrics})
-        spool.append(self.path, {"kind": "text", "file": "trials.md", "text": table(self.ledger.trials, self.metric)})
-
-    def _peek(self) -> bool:
-        return self._next() is not None
+        spool.append(self.path, {"kind": "text", "file": "trials.md", "text": table(trials, self.metric)})
 
     def _next(self) -> Trial | int | None:
-        return next_segment(self.ledger.trials, self.search, self.experiment.train.epochs, self.sign)
+        return next_segment(self.ledger.trials, self.experiment.search, self.experiment.train.epochs, self.sign)
 
     def _of(self, trial: Trial) -> Experiment:
         made = resolve(self.experiment, trial.overrides)
         track = made.track.model_copy(update={"storage": storage.join(self.ledger.home, "runs")})
-        train = made.train.model_copy(update={"metric": made.train.metric or self.metric})
-        return made.model_copy(update={"name": f"{made.name[:90]}-{trial.number:04d}", "track": track, "train": train})
-
-    def _approve(self, experiment: Experiment) -> None:
-        check(experiment, self.manifest)
+        return made.model_copy(update={"name": f"{made.name[:90]}-{trial.number:04d}", "track": track})
 
     def _say(self, message: str) -> None:
         self.tell({"kind": "progress", "message": message})
 
     def _swept(self) -> Swept:
-        best = best_of(self.ledger.trials, self.experiment.train.epochs, self.sign)
-        verdict = "no trial finished" if best is None else "not raced: one seed for each trial"
-        where = storage.without_secrets(self.uri)
-        trials = tuple(self.ledger.trials)
-        return Swept(
-            self.ledger.key, self.experiment.name, self.metric, trials, best, verdict, self.sender.run_id, where
+        """How it ended; trials that wait at a rung are stopped, unless a larger sweep promotes them."""
+        trials = tuple(
+            replace(one, status="stopped", cause=f"behind others after epoch {one.epochs}")
+            if one.status == "paused"
+            else one
+            for one in self.ledger.trials
         )
+        best = best_of(trials, self.experiment.train.epochs, self.sign)
+        verdict = "no trial was trained to its end" if best is None else "not raced: one seed for each trial"
+        about = (self.ledger.key, self.experiment.name, self.metric, trials, best, verdict)
+        return Swept(*about, self.sender.run_id, storage.without_secrets(self.uri))
 
     def _run_tune(self, code_dirs: tuple[str, ...]) -> None:
-        for name, value in QUIET.items():
-            os.environ.setdefault(name, value)
         runtime.connect(code_dirs=code_dirs)
         from scalecv.search.ray_tune import run
 
-        self._say(f"{len(self.ledger.trials)} of {self.search.trials} trials begun; Ray Tune starts")
-        parent = self.sender.run_id
-        tags = {"scalecv.sweep": self.ledger.key, **({"mlflow.parentRunId": parent} if parent else {})}
+        runs.check_shared(self.ledger.home, runtime.nodes())
         scale = self.experiment.scale
-        cpus = scale.cpus_per_worker if scale.workers == 0 else 0.01
+        cpus, gpus = runtime.resources()
+        workers = max(1, scale.workers)
+        use_gpu = scale.gpu == "yes" or (scale.gpu == "auto" and gpus >= workers)
+        runtime.check_fits(workers, scale.cpus_per_worker, use_gpu)
+        room = int(min(cpus // (workers * scale.cpus_per_worker), gpus // workers if use_gpu else cpus))
+        most = min(room, self.experiment.search.concurrent or room)
+        self._say(f"{len(self.ledger.trials)} of {self.experiment.search.trials} trials begun; {most} at a time")
+        tags = {"scalecv.sweep": self.ledger.key, tracking.PARENT_KEY: self.ledger.key}
+        # Of several workers Ray Train asks for the CPUs; beside them the trial itself may take none.
+        alone = {"CPU": scale.cpus_per_worker, **({"GPU": 1.0} if use_gpu else {})}
+        resources = {"memory": 1.0} if scale.workers else alone
         with tempfile.TemporaryDirectory(prefix="scalecv-tune-") as folder:
-            run(self.suggest, self.ended, folder, _Segment(self.metric, tags, code_dirs), cpus, self.search.concurrent)
+            segment = _Segment(self.metric, tags, code_dirs)
+            with stop_on_signals(self._stop, self.tell):
+                run(self.suggest, self.ended, folder, segment, resources, most)
+
+    def _stop(self) -> None:
+        """Begin nothing more, and ask the runs under way to save and stop."""
+        self.stopping.set()
+
+        def ask() -> None:
+            while self.under_way:  # again and again: a run that is about to begin takes away what lies there
+                for number in list(self.under_way.values()):
+                    with contextlib.suppress(OSError, ScalecvError):
+                        if place := runs.newest(self._of(self.ledger.trials[number])):
+                            storage.put(storage.join(place, "STOP"), b"stop")
+                time.sleep(1.0)
+
+        threading.Thread(target=ask, name="stop", daemon=True).start()
 
 
 @dataclass(frozen=True)
@@ -223,24 +263,3 @@ class _Segment:
     def __call__(self, config: dict[str, Any]) -> dict[str, Any]:
         experiment = Experiment.model_validate(config["experiment"])
         return run_segment(experiment, self.metric, config["until"], self.tags, self.code_dirs)
-
-
-QUIET = {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_CHDIR_TO_TRIAL_DIR": "0"}
-
-
-def table(trials: list[Trial], metric: str) -> str:
-    """The trials as a Markdown table."""
-    lines = [f"| trial | status | epochs | {metric} | device-s | values |", "|---|---|---|---|---|---|"]
-    for one in trials:
-        value = f"{one.points[-1].value:.4f}" if one.points else ""
-        what = told(one.overrides) + (f" ({one.cause})" if one.cause else "")
-        lines.append(f"| {one.number} | {one.status} | {one.epochs} | {value} | {one.device_s:.0f} | {what} |")
-    return "\n".join(lines) + "\n"
-
-
-def as_json(swept: Swept) -> dict[str, Any]:
-    """What `--json` prints."""
-    keys = ("number", "run_id", "status", "metrics", "overrides", "device_s", "cause", "weights_hash", "bundle")
-    trials = [{key: getattr(one, key) for key in keys} for one in swept.trials]
-    best = None if swept.best is None else trials[swept.best.number]
-    return {**asdict(swept), "trials": trials, "best": best}

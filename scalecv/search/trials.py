@@ -6,6 +6,8 @@ from typing import Literal
 from scalecv.config import Scalar
 
 Status = Literal["waiting", "running", "paused", "finished", "stopped", "failed"]
+"""Waiting: its segment was cut short, and goes on. Paused: at a rung, may be promoted; once the sweep is over it is
+told as stopped."""
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,18 @@ def newest(run: str) -> tuple[Checkpoint, dict[str, bytes], list[str]] | tuple[N
     return None, None, skipped
 
 
+def history(run: str) -> list[dict[str, float]]:
+    """The numbers of each epoch that is done, as the newest checkpoint knows them; weights are not read."""
+    for checkpoint in complete(run)[0]:
+        told = checkpoint.parts[STATE]
+        try:
+            state = json.loads(storage.get(storage.join(checkpoint.uri, STATE), told["size_bytes"], told["sha256"]))
+        except (FileNotFoundError, IntegrityError):
+            continue
+        return list(state["history"])
+    return []
+
+
 def best(found: list[Checkpoint], *, larger_is_better: bool = True) -> Checkpoint | None:
     """The checkpoint with the best metric; the earlier one where two are equal."""
     scored = [c for c in found if c.metric is not None and math.isfinite(c.metric)]

@@ -19,6 +19,8 @@ class Job:
     """Where the starting weights lie that runs:/ID or models:/NAME@ALIAS stood for when the run began."""
     allow_import: bool = True
     """Whether the network may be a function of the user's own; not for an experiment that came from a record."""
+    until: int | None = None
+    """Epochs after which the run pauses; None trains to the end."""
 
 
 @dataclass(frozen=True)

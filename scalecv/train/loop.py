@@ -61,6 +61,8 @@ class Setup:
     gallery: Gallery
     upscale: UpscaleFacts | None = None
     """The stage before the network, where there is one."""
+    until: int | None = None
+    """Epochs after which the run pauses."""
 
 
 @dataclass
@@ -104,21 +106,27 @@ class State:
 
 
 def fit(setup: Setup, state: State) -> str:
-    """Train to the end: "finished", "stopped" (early stopping) or "interrupted" (state saved).
+    """Train to the end: "finished", "stopped" (early stopping) or "interrupted" (asked to, or paused; state saved).
 
     Raises: Leaves: a process of the run is about to be ended (state saved), or is out of memory. NonFiniteError: a
         gradient is no number. OutOfMemory: no micro-batch is small enough.
     """
     train = setup.experiment.train
+    last = min(train.epochs, setup.until or train.epochs)
     micro_batch.start(setup, state)
     try:
-        with setup.feeds["train"].epochs(state.epoch, state.step, train.epochs) as epochs:
-            while state.epoch < train.epochs and not state.progress.stops(train):
+        with setup.feeds["train"].epochs(state.epoch, state.step, last) as epochs:
+            while state.epoch < last and not state.progress.stops(train):
                 told = _one_epoch(setup, state, next(epochs))
                 _close_epoch(setup, state, told)
     except Stopped:
         return "interrupted"
-    return "stopped" if state.progress.stops(train) and state.epoch < train.epochs else "finished"
+    if state.epoch >= train.epochs:
+        return "finished"
+    if state.progress.stops(train):
+        return "stopped"
+    setup.saver.settle()
+    return "interrupted"
 
 
 def _one_epoch(setup: Setup, state: State, batches: Epoch) -> dict[str, float]:

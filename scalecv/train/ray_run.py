@@ -4,7 +4,6 @@ import asyncio
 import logging
 import os
 import tempfile
-import threading
 import traceback
 import uuid
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from scalecv.train.job import Job, Place
 from scalecv.train.ray_controller import controller
 from scalecv.train.ray_scaling import Sizes, Watch
 from scalecv.train.ray_workers import EarlyWorkers, environment, resources
+from scalecv.train.signals import in_thread
 
 LOST = ("gloo", "nccl", "connection closed by peer", "connection reset", "store->get", "broken pipe", "timed out")
 """What a rank says when another one is gone: not its own error."""
@@ -135,27 +135,9 @@ def run(
             ),
         )
         try:
-            _in_thread(trainer.fit)
+            in_thread(trainer.fit, "ray-train")
         except ray.train.TrainingFailedError as error:
             raise _explained(error, scale) from None
-
-
-def _in_thread(fit: Callable[[], Any]) -> None:
-    """Call `fit` beside the main thread, whose Ctrl-C handler Ray Train would replace by its own."""
-    failed: list[BaseException] = []
-
-    def call() -> None:
-        try:
-            fit()
-        except BaseException as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=call, name="ray-train", daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(0.5)  # a bounded wait lets the main thread run signal handlers
-    if failed:
-        raise failed[0]
 
 
 def _rank(config: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import os
-import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -18,6 +17,8 @@ from scalecv.errors import ConfigError, Interrupted, ScalecvError
 from scalecv.shards.store import Dataset
 from scalecv.train import runs, upscaler
 from scalecv.train.checks import check, check_names, check_network, sizes
+from scalecv.train.job import Job
+from scalecv.train.signals import stop_on_signals
 
 Event = dict[str, Any]
 
@@ -56,7 +57,7 @@ def train(
     code_dirs: tuple[str, ...] = (),
     allow_import: bool = True,
     tell: Callable[[Event], None] = lambda _: None,
-    pause: Callable[[Event], bool] = lambda _: False,
+    until: int | None = None,
     tags: Mapping[str, str] | None = None,
 ) -> Result:
     """Train an experiment to its end, going on from where an earlier command of the same name stopped.
@@ -67,9 +68,9 @@ def train(
         code_dirs: folders whose modules the workers must find, such as the experiment's own.
         allow_import: whether model.arch may name a function to import; False for an experiment out of a record.
         tell: called with each event, for a live display.
-        pause: called with each event; once it is true the run saves and stops, as on Ctrl-C.
+        until: epochs after which the run pauses, all of it saved; None trains to the end.
         tags: further tags of the MLflow run.
-    Raises: UserError: wrong input, nothing was started. Interrupted: stopped on request, state saved.
+    Raises: UserError: wrong input, nothing was started. Interrupted: stopped on request or paused, state saved.
         ScalecvError: the run failed.
     """
     if ":" in experiment.model.arch and not allow_import:
@@ -100,7 +101,7 @@ def train(
         if trouble:
             tell({"kind": "progress", "message": f"{trouble}. The run goes on; its record waits in {run.uri}"})
         wait_s = 5 if trouble else 60
-        return _record_and_run(experiment, run, uri, code_dirs, tell, pause, tags or {}, patience_s=wait_s)
+        return _record_and_run(experiment, run, uri, code_dirs, tell, until, tags or {}, patience_s=wait_s)
 
 
 def _record_and_run(
@@ -109,7 +110,7 @@ def _record_and_run(
     uri: str,
     code_dirs: tuple[str, ...],
     tell: Callable[[Event], None],
-    pause: Callable[[Event], bool],
+    until: int | None,
     tags: Mapping[str, str],
     patience_s: float,
 ) -> Result:
@@ -130,14 +131,15 @@ def _record_and_run(
         if event["kind"] == "result":
             results.append(event)
         tell(event)
-        if not stop.is_set() and pause(event):
-            stop.set()
-            storage.put(storage.join(run.uri, "STOP"), b"stop")
+
+    def ask() -> None:
+        stop.set()
+        threading.Thread(target=storage.put, args=(storage.join(run.uri, "STOP"), b"stop"), daemon=True).start()
 
     status, stop = "FAILED", threading.Event()
     try:
-        with _heard(path, begin, hear), _stop_on_signals(run, stop, tell):
-            _run_workers(experiment, run, str(path), code_dirs, stop)
+        with _heard(path, begin, hear), stop_on_signals(ask, tell):
+            _run_workers(experiment, run, str(path), code_dirs, stop, until)
         if not results:
             raise ScalecvError(f"the workers ended without a result; what they said is in {path}")
         if results[-1]["status"] == "interrupted":
@@ -153,6 +155,7 @@ def _record_and_run(
         spool.append(path, {"kind": "end", "status": status})
         sender = start_sending()
         all_sent = sender.close(timeout_s=patience_s if status == "FINISHED" else min(5, patience_s))
+        tell({"kind": "recorded", "run_id": sender.run_id})
         if not all_sent and status != "FAILED":
             tell({"kind": "progress", "message": sender.waiting()})
     result = Result(
@@ -225,7 +228,12 @@ def _tags(experiment: Experiment) -> dict[str, str]:
 
 
 def _run_workers(
-    experiment: Experiment, run: runs.Run, path: str, code_dirs: tuple[str, ...], stop: threading.Event
+    experiment: Experiment,
+    run: runs.Run,
+    path: str,
+    code_dirs: tuple[str, ...],
+    stop: threading.Event,
+    until: int | None,
 ) -> None:
     from scalecv import runtime
 
@@ -239,7 +247,7 @@ def _run_workers(
         check_network(experiment, manifest)
         if reader == "ray" or experiment.data.decode == "cluster":
             runtime.connect(code_dirs=code_dirs)
-        _run_here(experiment, run, path, reader, stop)
+        _run_here(Job(experiment, run.dataset.version, run.uri, reader, run.weights, until=until), path, stop)
         return
     scale, allowed = experiment.scale, sizes(experiment)
     rows = min(manifest.splits["train"], experiment.data.limit or manifest.splits["train"])
@@ -254,7 +262,6 @@ def _run_workers(
         workers = next((size for size in allowed if size <= most), allowed[-1])
         runtime.check_fits(workers, scale.cpus_per_worker, use_gpu)
         from scalecv.train import ray_workers
-    from scalecv.train.job import Job
 
     if workers < scale.workers:
         message = f"the cluster has room for {workers} of scale.workers={scale.workers}: begins with these"
@@ -265,18 +272,18 @@ def _run_workers(
 
             check_network(experiment, manifest)
         runs.check_shared(run.uri, runtime.nodes())
-        job = Job(experiment, run.dataset.version, run.uri, reader, run.weights)
+        job = Job(experiment, run.dataset.version, run.uri, reader, run.weights, until=until)
         ray_run.run(job, allowed, path, early, use_gpu=use_gpu, code_dirs=code_dirs)
 
 
-def _run_here(experiment: Experiment, run: runs.Run, path: str, reader: str, stop: threading.Event) -> None:
+def _run_here(job: Job, path: str, stop: threading.Event) -> None:
     import torch
 
-    from scalecv.train.job import Job, Place
+    from scalecv.train.job import Place
     from scalecv.train.watchdog import leave
     from scalecv.train.worker import work
 
-    wants = experiment.scale.gpu
+    wants = job.experiment.scale.gpu
     device = "cuda" if wants != "no" and torch.cuda.is_available() else "cpu"
 
     def report(events: list[Event]) -> None:
@@ -287,7 +294,6 @@ def _run_here(experiment: Experiment, run: runs.Run, path: str, reader: str, sto
         spool.append(path, {"kind": "end", "status": "FAILED"})
         leave(message)
 
-    job = Job(experiment, run.dataset.version, run.uri, reader, run.weights)
     work(job, Place(device=device), report, stop=stop, end=end)
 
 
@@ -314,30 +320,6 @@ def _heard(path: Path, begin: int, hear: Callable[[Event], None]) -> Iterator[No
         ended.set()
         thread.join()
         pass_on()
-
-
-@contextlib.contextmanager
-def _stop_on_signals(run: runs.Run, stop: threading.Event, tell: Callable[[Event], None]) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM asks the workers to save and stop; the second leaves at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    asked: list[int] = []
-
-    def handle(number: int, frame: object) -> None:
-        asked.append(number)
-        if len(asked) > 1:
-            raise KeyboardInterrupt
-        stop.set()
-        tell({"kind": "progress", "message": "stopping: the state is saved first; once more leaves at once"})
-        threading.Thread(target=storage.put, args=(storage.join(run.uri, "STOP"), b"stop"), daemon=True).start()
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def recorded_weights(weights: str, uri: str) -> str | None:

@@ -67,8 +67,7 @@ def open_run(
     Raises: ConfigError: the name is taken by another experiment, or the data changed under it.
     """
     _check_no_secret(experiment)
-    numbers = [int(n) for n in storage.list_names(home(experiment)) if re.fullmatch(r"\d{3}", n)]
-    last = max(numbers, default=0)
+    last = _last(experiment)
     if last and not new:
         uri = storage.join(home(experiment), f"{last:03d}")
         try:
@@ -96,6 +95,17 @@ def open_run(
     if not storage.put_if_absent(storage.join(uri, "run.json"), json.dumps(told, indent=1).encode()):
         raise UserError(f"{uri} was started by another command at the same moment: look at that one, or run again")
     return Run(uri, key, dataset, goes_on=False, result=None, weights=weights)
+
+
+def newest(experiment: Experiment) -> str | None:
+    """URI of the attempt that the same command would go on with; None where there is none."""
+    last = _last(experiment)
+    return storage.join(home(experiment), f"{last:03d}") if last else None
+
+
+def _last(experiment: Experiment) -> int:
+    """The highest number of an attempt; 0 where there is none."""
+    return max((int(n) for n in storage.list_names(home(experiment)) if re.fullmatch(r"\d{3}", n)), default=0)
 
 
 def _check_no_secret(experiment: Experiment) -> None:

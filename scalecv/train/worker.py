@@ -181,6 +181,7 @@ def _setup(
         watchdog=watchdog,
         gallery=Gallery(job.run, experiment.track.pictures, experiment.track.pictures_every, draws=place.rank == 0),
         upscale=upscale,
+        until=job.until,
     )
 
 

@@ -1,0 +1,147 @@
+"""Sweeps as the command runs them: on Ray Tune, with MLflow on SQLite."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from scalecv import config
+from scalecv.errors import ConfigError
+from scalecv.search.sweep import tune
+from scalecv.train.run import train
+from tests.small import shapes, shapes_dataset
+
+__all__ = ["shapes", "shapes_dataset"]
+
+SPACE = {"train.lr": {"loguniform": [1e-3, 1e-1]}, "model.norm": {"choice": ["group", "batch"]}}
+SEARCH = {"trials": 3, "eta": 2, "space": SPACE}
+
+
+def command(folder, *more):
+    words = [str(Path(sys.executable).with_name("scalecv")), "tune", "sweep.yaml", "--json", *more]
+    env = {k: v for k, v in os.environ.items() if k not in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS")}
+    log = open(Path(folder) / "stderr.txt", "a")
+    return subprocess.Popen(words, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=log, text=True)
+
+
+def write(experiment, folder, **search):
+    tree = experiment(name="sweep", scale__workers=0, train__epochs=2, train__threads=1).model_dump(mode="json")
+    tree["search"] = SEARCH | search
+    (Path(folder) / "sweep.yaml").write_text(yaml.safe_dump(tree))
+    return config.load(Path(folder) / "sweep.yaml")
+
+
+def of_mlflow(folder):
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{folder}/mlruns.db")
+    (found,) = [one for one in client.search_experiments() if one.name == "scalecv"]
+    return {run.info.run_name: run for run in client.search_runs([found.experiment_id])}
+
+
+@pytest.mark.e2e
+def test_a_sweep_ends_with_the_best_as_if_it_had_been_trained_alone(shapes, tmp_path):
+    base = write(shapes, tmp_path)
+    job = command(tmp_path)
+    out, _ = job.communicate(timeout=400)
+    said = (tmp_path / "stderr.txt").read_text()
+    assert job.returncode == 0, said
+    told = json.loads(out)
+    trials, best = told["trials"], told["best"]
+    assert [one["number"] for one in trials] == [0, 1, 2] and best["status"] == "finished", said
+    assert "stopped" in {one["status"] for one in trials} and told["verdict"].startswith("not raced")
+    assert all(one["device_s"] > 0 and one["run_id"] for one in trials)
+    runs = of_mlflow(tmp_path)
+    assert {run.data.tags.get("mlflow.parentRunId") for name, run in runs.items() if name != "sweep"} == {
+        told["run_id"]
+    }
+    assert set(runs) == {"sweep", *(f"sweep-{number:04d}" for number in range(3))}
+    # Paused at rungs and promoted, in other processes: the weights of a run that was left alone.
+    metric = {"train.metric": told["metric"]}
+    tree = base.model_dump(mode="json", exclude={"search"})
+    alone = train(config.build(config.with_overrides(tree, {**best["overrides"], **metric, "name": "alone"}), "test"))
+    assert alone.weights_hash == best["weights_hash"]
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize(
+    "how",
+    [
+        signal.SIGKILL,
+        pytest.param(signal.SIGINT, marks=pytest.mark.xfail(reason="at times ends with the signal, not with 75")),
+    ],
+)
+def test_a_driver_that_ends_early_loses_and_repeats_nothing(shapes, tmp_path, how):
+    write(shapes, tmp_path, scheduler="none")
+    quiet = tmp_path / "quiet"
+    quiet.mkdir()
+    (quiet / "sweep.yaml").write_text(
+        (tmp_path / "sweep.yaml").read_text().replace(f"{tmp_path}/runs", f"{quiet}/runs")
+    )
+    out, _ = command(quiet).communicate(timeout=400)
+    expected = json.loads(out)
+    for number in range(2):
+        job = command(tmp_path)
+        wanted = tmp_path / f"runs/sweep/runs/sweep-000{number}/001/checkpoints"
+        until = time.monotonic() + 200
+        while not (wanted.is_dir() and any(wanted.iterdir())):
+            assert time.monotonic() < until and job.poll() is None, (tmp_path / "stderr.txt").read_text()
+            time.sleep(0.1)
+        job.send_signal(how)
+        job.communicate(timeout=100)
+        assert job.returncode == (75 if how == signal.SIGINT else -signal.SIGKILL), (
+            tmp_path / "stderr.txt"
+        ).read_text()
+    job = command(tmp_path)
+    out, _ = job.communicate(timeout=400)
+    told = json.loads(out)
+    assert [one["status"] for one in told["trials"]] == ["finished"] * 3
+    for name in ("overrides", "weights_hash"):
+        assert [one[name] for one in told["trials"]] == [one[name] for one in expected["trials"]]
+    assert told["best"]["number"] == expected["best"]["number"]
+    assert len(of_mlflow(tmp_path)) == 4
+    job = command(tmp_path, "search.trials=4")
+    out, _ = job.communicate(timeout=400)
+    more = json.loads(out)
+    assert len(more["trials"]) == 4 and more["trials"][:3] == told["trials"] and more["sweep_id"] == told["sweep_id"]
+
+
+def test_what_cannot_work_is_told_before_anything_is_written(shapes, tmp_path):
+    for search, says in (
+        ({"space": {}}, "search.space is empty"),
+        ({"space": {"train.lrr": {"uniform": [0, 1]}}}, "train.lr"),
+        ({"metric": "val/acuracy"}, "accuracy"),
+        ({"space": {"model.arch": {"choice": ["resnet19"]}}}, "resnet1"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            tune(write(shapes, tmp_path, **search))
+    with pytest.raises(ConfigError, match=r"set search\.metric"):
+        tune(
+            config.build(
+                config.with_overrides(write(shapes, tmp_path).model_dump(mode="json"), {"train.metric": "val/loss"}),
+                "test",
+            )
+        )
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_record_that_is_none_is_told(shapes, tmp_path):
+    from scalecv.errors import DataError
+    from scalecv.search.ledger import Ledger
+
+    experiment, home = write(shapes, tmp_path), str(tmp_path / "home")
+    Ledger(home, experiment)
+    (tmp_path / "home" / "trials").mkdir()
+    record = tmp_path / "home" / "trials" / "0000.json"
+    for text in ("{", "[]", "{}"):
+        record.write_text(text)
+        with pytest.raises(DataError, match=r"0000.json is no.*another name"):
+            Ledger(home, experiment)
+    with pytest.raises(ConfigError, match="another sweep"):
+        Ledger(home, write(shapes, tmp_path, eta=3))
