@@ -58,15 +58,12 @@ def open_run(uri: str, experiment: str, name: str, key: str, tags: Mapping[str, 
     client = mlflow_client.client(uri)
     experiment_id = _experiment(client, uri, experiment)
     tags = _below(client, experiment_id, tags)
-    quoted = key.replace("'", "")
-    found = client.search_runs([experiment_id], f"tags.`{RUN_KEY}` = '{quoted}'", max_results=1)
-    if found:
-        run = found[0]
+    if run := _of_key(client, experiment_id, key):
         changed = {k: v for k, v in tags.items() if run.data.tags.get(k) != v}
         if changed:
             client.log_batch(run.info.run_id, tags=_tags(changed))
         return Run(client, run.info.run_id, experiment_id)
-    every = {t.key: t.value for t in _tags({**tags, RUN_KEY: quoted})}
+    every = {t.key: t.value for t in _tags({**tags, RUN_KEY: _quoted(key)})}
     made = client.create_run(experiment_id, start_time=start_ms, tags=every, run_name=name)
     return Run(client, made.info.run_id, experiment_id)
 
@@ -76,10 +73,19 @@ def _below(client: Any, experiment_id: str, tags: Mapping[str, str]) -> Mapping[
     parent = tags.get(PARENT_KEY)
     if parent is None:
         return tags
-    found = client.search_runs([experiment_id], f"tags.`{RUN_KEY}` = '{parent}'", max_results=1)
-    if not found:
-        raise LookupError("the run above it is not there yet")
-    return {**tags, "mlflow.parentRunId": found[0].info.run_id}
+    above = _of_key(client, experiment_id, parent)
+    if above is None:
+        raise LookupError(f"the run above it, {RUN_KEY}={parent}, is not there yet")
+    return {**tags, "mlflow.parentRunId": above.info.run_id}
+
+
+def _of_key(client: Any, experiment_id: str, key: str) -> Any:
+    found = client.search_runs([experiment_id], f"tags.`{RUN_KEY}` = '{_quoted(key)}'", max_results=1)
+    return found[0] if found else None
+
+
+def _quoted(key: str) -> str:
+    return key.replace("'", "")
 
 
 def newest(run: Run) -> dict[str, int]:

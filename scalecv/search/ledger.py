@@ -9,7 +9,9 @@ in no record.
 
 import hashlib
 import json
+import re
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -17,6 +19,9 @@ from scalecv import redact, storage
 from scalecv.config import Experiment
 from scalecv.errors import ConfigError, DataError
 from scalecv.search.trials import Point, Trial
+
+READS = 16
+INSTEAD = "restore it, or give the sweep another name"
 
 
 class Ledger:
@@ -33,25 +38,19 @@ class Ledger:
         if told is None:
             told = {"key": uuid.uuid4().hex, "identity": identity}
             storage.put(storage.join(home, "sweep.json"), json.dumps(told).encode())
+        if not {"key", "identity"} <= told.keys():
+            raise DataError(f"{storage.join(home, 'sweep.json')} is no record of a sweep: {INSTEAD}")
         if told["identity"] != identity:
             raise ConfigError(
                 f"name={experiment.name} belongs to another sweep at {home}, over another space or experiment: give "
                 "this one another name (more search.trials or search.budget go on with the same)"
             )
         self.key: str = told["key"]
-        self.trials: list[Trial] = []
-        for number in range(len(storage.list_names(storage.join(home, "trials")))):
-            record = _read(self._place(number))
-            if record is None:
-                break
-            try:
-                points = tuple(Point(**point) for point in record.pop("points"))
-                self.trials.append(Trial(**record, points=points))
-            except (KeyError, TypeError) as error:
-                where = self._place(number)
-                raise DataError(
-                    f"{where} is no record of a trial ({error}): restore it, or give the sweep another name"
-                ) from None
+        found = [
+            name for name in storage.list_names(storage.join(home, "trials")) if re.fullmatch(r"\d{4,}\.json", name)
+        ]
+        with ThreadPoolExecutor(READS) as pool:
+            self.trials = list(pool.map(self._trial, range(len(found))))
 
     def keep(self, trial: Trial) -> None:
         """Write a record, and have it in the list."""
@@ -63,6 +62,16 @@ class Ledger:
         for trial in self.trials:
             if trial.status == "running":
                 self.keep(replace(trial, status="waiting"))
+
+    def _trial(self, number: int) -> Trial:
+        where = self._place(number)
+        record = _read(where)
+        if record is None:
+            raise DataError(f"{where} is missing, later trials are there: {INSTEAD}")
+        try:
+            return Trial(**record | {"points": tuple(Point(**point) for point in record["points"])})
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{where} is no record of a trial ({error}): {INSTEAD}") from None
 
     def _place(self, number: int) -> str:
         return storage.join(self.home, "trials", f"{number:04d}.json")
@@ -81,7 +90,7 @@ def _read(uri: str) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise DataError(f"{uri} is not JSON ({error}): restore it, or give the sweep another name") from None
+        raise DataError(f"{uri} is not JSON ({error}): {INSTEAD}") from None
     if not isinstance(told, dict):
-        raise DataError(f"{uri} is no record of a sweep: restore it, or give the sweep another name")
+        raise DataError(f"{uri} is no record of a sweep: {INSTEAD}")
     return told

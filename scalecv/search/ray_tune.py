@@ -17,7 +17,7 @@ FINISHED: str = Searcher.FINISHED
 Suggest = Callable[[str], dict[str, Any] | str | None]
 """Tune's name of a segment -> what it is given; None: nothing now; FINISHED: nothing is left."""
 Ended = Callable[[str, dict[str, Any] | None], None]
-"""(Tune's name of a segment, what it returned); None where its process died."""
+"""(Tune's name of a segment, what it returned); None where its processes died."""
 
 
 class _Asks(Searcher):  # type: ignore[misc]  # ray is untyped here
@@ -51,6 +51,7 @@ def run(
     segment: Callable[[dict[str, Any]], dict[str, Any]],
     resources: dict[str, float],
     most: int,
+    deaths: int,
 ) -> None:
     """Run segments until `suggest` says FINISHED.
 
@@ -61,6 +62,7 @@ def run(
         segment: runs in a process of the cluster.
         resources: that one takes, as {"CPU": 1}.
         most: segments at a time.
+        deaths: of a segment's process after each of which it is started again.
     """
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     for name, value in QUIET.items():
@@ -74,6 +76,8 @@ def run(
         tune_config=tune.TuneConfig(
             search_alg=_Asks(suggest, ended), num_samples=-1, max_concurrent_trials=most, reuse_actors=True
         ),
-        run_config=tune.RunConfig(name="sweep", storage_path=folder, verbose=0),
+        run_config=tune.RunConfig(
+            name="sweep", storage_path=folder, verbose=0, failure_config=tune.FailureConfig(max_failures=deaths)
+        ),
     )
     in_thread(tuner.fit, "ray-tune")  # signals are ours: a sweep pauses its runs before it ends

@@ -6,6 +6,7 @@ A Tune trial is one segment and ends by itself, so nothing is ever killed to sto
 """
 
 import contextlib
+import re
 import tempfile
 import threading
 import time
@@ -32,7 +33,10 @@ from scalecv.train.signals import stop_on_signals
 
 Event = dict[str, Any]
 SAME_FAILURES = 3
-"""First trials that all fail with the same message end the sweep: so would the others."""
+"""First trials that all fail alike end the sweep: so would the others."""
+DEATHS = 2
+"""Processes of one segment that may die (a spot machine, a memory limit) before its trial counts as failed."""
+TABLE_S = 30.0
 
 
 def tune(
@@ -104,6 +108,7 @@ class _Sweep:
         self.under_way: dict[str, int] = {}
         self.failure = ""
         self.stopping = threading.Event()
+        self.table_at = float("-inf")
         self.uri = tracking.tracking_uri(experiment.track.uri)
         trouble = tracking.probe(self.uri)
         self.patience_s = 5.0 if trouble else 60.0
@@ -126,12 +131,17 @@ class _Sweep:
             if self._next() is not None:
                 self._run_tune(code_dirs)
                 self.ledger.wake()
+                self._record()
             if self.failure:
                 raise ScalecvError(self.failure)
             if self._next() is not None:
                 status = "KILLED"
                 raise Interrupted(
                     f"stopped as asked, all trials are kept in {self.ledger.home}: the same command goes on"
+                )
+            if all(one.status == "failed" for one in self.ledger.trials):
+                raise ScalecvError(
+                    f"all {len(self.ledger.trials)} trials failed, such as: {self.ledger.trials[-1].cause}"
                 )
             status = "FINISHED"
             return self._swept()
@@ -170,26 +180,34 @@ class _Sweep:
         if number is None:
             return
         trial = self.ledger.trials[number]
-        outcome = result or {"status": "failed", "cause": "its process ended without a word"}
+        outcome = result or {"status": "failed", "cause": f"its process died {DEATHS + 1} times: out of memory?"}
         points = tuple(Point(**point) for point in outcome.pop("points", ())) or trial.points
         spent = trial.device_s + outcome.pop("device_s", 0.0)
         trial = replace(trial, points=points, device_s=spent, **outcome)
         self.ledger.keep(trial)
-        now = f"{self.metric} {points[-1].value:.4f} after epoch {trial.epochs}" if points else ""
+        now = f"{self.metric} {points[-1].value:.4f} after epoch {trial.epochs}" if points else "no epoch has ended yet"
         self._say(f"trial {number} {trial.status}: {told(trial.overrides)}: {trial.cause or now}")
-        self._record()
-        failed = [one.cause for one in self.ledger.trials if one.status == "failed"]
-        if len(failed) >= SAME_FAILURES and len(failed) == len(self.ledger.trials) and len({*failed}) == 1:
-            self.failure = f"the first {len(failed)} trials all failed: {failed[0]}"
+        self._record(every_s=TABLE_S)
+        failed = [one for one in self.ledger.trials if one.status == "failed"]
+        ended = [one for one in self.ledger.trials if one.status != "running"]
+        if len(failed) >= SAME_FAILURES and failed == ended and len({*map(self._kind, failed)}) == 1:
+            self.failure = f"the first {len(failed)} trials all failed alike: {trial.cause}"
 
-    def _record(self) -> None:
+    def _kind(self, trial: Trial) -> str:
+        """Why a trial failed, without what differs from trial to trial: its folder, numbers and ids."""
+        return re.sub(r"[0-9a-f]{8,}|\d+", "#", trial.cause.replace(self._name(trial), ""))
+
+    def _record(self, every_s: float = 0.0) -> None:
+        """Tell MLflow how the sweep stands; the table, which grows with the trials, at most every so many seconds."""
         trials, epochs = self.ledger.trials, self.experiment.train.epochs
         best, spent = best_of(trials, epochs, self.sign), sum(one.device_s for one in trials)
         metrics = {"sweep/trials": float(len(trials)), "sweep/device_s": spent}
         if best is not None:
             metrics[f"best/{self.metric}"] = self.sign * best.value(epochs, self.sign)
         spool.append(self.path, {"kind": "metrics", "step": int(spent * 1000), "metrics": metrics})
-        spool.append(self.path, {"kind": "text", "file": "trials.md", "text": table(trials, self.metric)})
+        if time.monotonic() - self.table_at >= every_s:
+            self.table_at = time.monotonic()
+            spool.append(self.path, {"kind": "text", "file": "trials.md", "text": table(trials, self.metric)})
 
     def _next(self) -> Trial | int | None:
         return next_segment(self.ledger.trials, self.experiment.search, self.experiment.train.epochs, self.sign)
@@ -197,7 +215,10 @@ class _Sweep:
     def _of(self, trial: Trial) -> Experiment:
         made = resolve(self.experiment, trial.overrides)
         track = made.track.model_copy(update={"storage": storage.join(self.ledger.home, "runs")})
-        return made.model_copy(update={"name": f"{made.name[:90]}-{trial.number:04d}", "track": track})
+        return made.model_copy(update={"name": self._name(trial), "track": track})
+
+    def _name(self, trial: Trial) -> str:
+        return f"{self.experiment.name[:90]}-{trial.number:04d}"
 
     def _say(self, message: str) -> None:
         self.tell({"kind": "progress", "message": message})
@@ -235,7 +256,7 @@ class _Sweep:
         with tempfile.TemporaryDirectory(prefix="scalecv-tune-") as folder:
             segment = _Segment(self.metric, tags, code_dirs)
             with stop_on_signals(self._stop, self.tell):
-                run(self.suggest, self.ended, folder, segment, resources, most)
+                run(self.suggest, self.ended, folder, segment, resources, most, DEATHS)
 
     def _stop(self) -> None:
         """Begin nothing more, and ask the runs under way to save and stop."""

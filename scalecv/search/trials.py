@@ -1,5 +1,6 @@
 """What is known of the trials of a sweep: plain records, from which every decision is computed."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -47,5 +48,6 @@ class Trial:
         return max((point.epoch for point in self.points), default=0)
 
     def value(self, epochs: int, sign: float) -> float:
-        """The best objective within the first epochs, times `sign`, so that larger is better."""
-        return max((sign * point.value for point in self.points if point.epoch <= epochs), default=float("-inf"))
+        """The best objective within the first epochs, times `sign`, so that larger is better; NaN is the worst."""
+        within = (sign * point.value for point in self.points if point.epoch <= epochs)
+        return max((value for value in within if math.isfinite(value)), default=float("-inf"))

@@ -132,11 +132,12 @@ def _record_and_run(
             results.append(event)
         tell(event)
 
+    status, stop = "FAILED", threading.Event()
+
     def ask() -> None:
         stop.set()
         threading.Thread(target=storage.put, args=(storage.join(run.uri, "STOP"), b"stop"), daemon=True).start()
 
-    status, stop = "FAILED", threading.Event()
     try:
         with _heard(path, begin, hear), stop_on_signals(ask, tell):
             _run_workers(experiment, run, str(path), code_dirs, stop, until)
@@ -154,10 +155,12 @@ def _record_and_run(
     finally:
         spool.append(path, {"kind": "end", "status": status})
         sender = start_sending()
-        all_sent = sender.close(timeout_s=patience_s if status == "FINISHED" else min(5, patience_s))
-        tell({"kind": "recorded", "run_id": sender.run_id})
-        if not all_sent and status != "FAILED":
-            tell({"kind": "progress", "message": sender.waiting()})
+        has_time = status == "FINISHED" or (until is not None and not stop.is_set())
+        all_sent = sender.close(timeout_s=patience_s if has_time else min(5, patience_s))
+        with contextlib.suppress(OSError):  # nobody looks any more
+            tell({"kind": "recorded", "run_id": sender.run_id})
+            if not all_sent and status != "FAILED":
+                tell({"kind": "progress", "message": sender.waiting()})
     result = Result(
         run_id=sender.run_id,
         name=experiment.name,

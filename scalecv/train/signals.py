@@ -25,8 +25,8 @@ def stop_on_signals(ask: Callable[[], None], tell: Callable[[Event], None]) -> I
         asked.append(number)
         if len(asked) > 1:
             raise KeyboardInterrupt
-        tell({"kind": "progress", "message": "stopping: the state is saved first; once more leaves at once"})
         ask()
+        tell({"kind": "progress", "message": "stopping: the state is saved first; once more leaves at once"})
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

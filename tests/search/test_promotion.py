@@ -79,3 +79,11 @@ def test_an_unknown_key_in_the_space_is_refused_with_the_nearest():
     base = build({**BASE, "search": {"space": {"train.lrr": {"uniform": [0, 1]}}}}, "test")
     with pytest.raises(ConfigError, match="lrr"):
         draw(base, 0, lambda experiment: None)
+
+
+def test_no_number_is_the_worst_objective():
+    nan = Trial(0, {}, status="finished", points=(Point(1, float("nan")), Point(2, 0.1)))
+    other = Trial(1, {}, status="finished", points=(Point(1, 0.2), Point(2, float("nan"))))
+    lost = Trial(2, {}, status="finished", points=(Point(1, float("inf")),))
+    assert best_of([nan, other, lost], 2, 1.0) is other
+    assert nan.value(1, 1.0) == float("-inf")

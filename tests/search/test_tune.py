@@ -69,14 +69,20 @@ def test_a_sweep_ends_with_the_best_as_if_it_had_been_trained_alone(shapes, tmp_
     assert alone.weights_hash == best["weights_hash"]
 
 
+def checkpoints(folder):
+    return {*Path(folder).glob("runs/sweep/runs/*/001/checkpoints/*")}
+
+
+def wait_for_a_checkpoint(job, folder, before):
+    """One that was not there: the process is past its start, and trains."""
+    until = time.monotonic() + 200
+    while checkpoints(folder) <= before:
+        assert time.monotonic() < until and job.poll() is None, (folder / "stderr.txt").read_text()
+        time.sleep(0.1)
+
+
 @pytest.mark.chaos
-@pytest.mark.parametrize(
-    "how",
-    [
-        signal.SIGKILL,
-        pytest.param(signal.SIGINT, marks=pytest.mark.xfail(reason="at times ends with the signal, not with 75")),
-    ],
-)
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_driver_that_ends_early_loses_and_repeats_nothing(shapes, tmp_path, how):
     write(shapes, tmp_path, scheduler="none")
     quiet = tmp_path / "quiet"
@@ -86,18 +92,14 @@ def test_a_driver_that_ends_early_loses_and_repeats_nothing(shapes, tmp_path, ho
     )
     out, _ = command(quiet).communicate(timeout=400)
     expected = json.loads(out)
-    for number in range(2):
+    for _ in range(2):
+        before = checkpoints(tmp_path)
         job = command(tmp_path)
-        wanted = tmp_path / f"runs/sweep/runs/sweep-000{number}/001/checkpoints"
-        until = time.monotonic() + 200
-        while not (wanted.is_dir() and any(wanted.iterdir())):
-            assert time.monotonic() < until and job.poll() is None, (tmp_path / "stderr.txt").read_text()
-            time.sleep(0.1)
+        wait_for_a_checkpoint(job, tmp_path, before)
         job.send_signal(how)
         job.communicate(timeout=100)
-        assert job.returncode == (75 if how == signal.SIGINT else -signal.SIGKILL), (
-            tmp_path / "stderr.txt"
-        ).read_text()
+        said = (tmp_path / "stderr.txt").read_text()
+        assert job.returncode == (75 if how == signal.SIGINT else -signal.SIGKILL), said
     job = command(tmp_path)
     out, _ = job.communicate(timeout=400)
     told = json.loads(out)
@@ -110,6 +112,38 @@ def test_a_driver_that_ends_early_loses_and_repeats_nothing(shapes, tmp_path, ho
     out, _ = job.communicate(timeout=400)
     more = json.loads(out)
     assert len(more["trials"]) == 4 and more["trials"][:3] == told["trials"] and more["sweep_id"] == told["sweep_id"]
+
+
+@pytest.mark.chaos
+def test_a_trial_that_errs_is_told_and_one_whose_process_dies_goes_on(shapes, tmp_path):
+    import psutil
+
+    write(shapes, tmp_path, scheduler="none", space={"train.lr": {"choice": [1e-2, 1e30]}}, trials=5)
+    job = command(tmp_path)
+    wait_for_a_checkpoint(job, tmp_path, set())
+    processes = psutil.Process(job.pid).children(recursive=True)
+    trials = [one for one in processes if one.is_running() and "ImplicitFunc" in " ".join(one.cmdline())]
+    assert trials, [one.cmdline() for one in processes]
+    for one in trials:
+        one.kill()
+    out, _ = job.communicate(timeout=500)
+    told = json.loads(out)
+    assert job.returncode == 0, (tmp_path / "stderr.txt").read_text()
+    sane = [one for one in told["trials"] if one["overrides"]["train.lr"] == 1e-2]
+    wild = [one for one in told["trials"] if one["overrides"]["train.lr"] == 1e30]
+    assert sane and wild and len(sane) + len(wild) == 5
+    assert {one["status"] for one in sane} == {"finished"} and len({one["weights_hash"] for one in sane}) == 1
+    assert {one["status"] for one in wild} == {"failed"} and all("train.lr" in one["cause"] for one in wild), wild
+
+
+@pytest.mark.chaos
+def test_the_same_failure_in_every_trial_ends_the_sweep(shapes, tmp_path):
+    write(shapes, tmp_path, space={"train.lr": {"choice": [1e30]}}, trials=20)
+    job = command(tmp_path)
+    job.communicate(timeout=400)
+    said = (tmp_path / "stderr.txt").read_text()
+    assert job.returncode == 1 and "trials all failed alike" in said and "Traceback" not in said, said
+    assert len(of_mlflow(tmp_path)) < 8
 
 
 def test_what_cannot_work_is_told_before_anything_is_written(shapes, tmp_path):
@@ -143,5 +177,13 @@ def test_a_record_that_is_none_is_told(shapes, tmp_path):
         record.write_text(text)
         with pytest.raises(DataError, match=r"0000.json is no.*another name"):
             Ledger(home, experiment)
+    (record.parent / "0001.json").write_text("{}")
+    record.unlink()
+    with pytest.raises(DataError, match=r"0000.json is missing"):
+        Ledger(home, experiment)
+    (record.parent / "0001.json").unlink()
     with pytest.raises(ConfigError, match="another sweep"):
         Ledger(home, write(shapes, tmp_path, eta=3))
+    (tmp_path / "home" / "sweep.json").write_text("{}")
+    with pytest.raises(DataError, match=r"sweep.json is no record"):
+        Ledger(home, experiment)
