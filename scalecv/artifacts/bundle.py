@@ -130,7 +130,8 @@ class Bundle:
         """How images become this model's input."""
         from scalecv.batches.pixels import Pixels
 
-        return Pixels(**self.facts.pixels.model_dump(), classes=self.facts.classes, augment=Augment())
+        told, is_image = self.facts.pixels.model_dump(), self.facts.task == "upscale"
+        return Pixels(**told, classes=self.facts.classes, augment=Augment(), marks_data=is_image)
 
 
 def weights_hash(state: "dict[str, torch.Tensor]") -> str:

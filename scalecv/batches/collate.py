@@ -38,7 +38,7 @@ def sample(
     Args:
         image, mask: encoded bytes.
         nodata: value of pixels without data; they become 0 after normalisation and count nowhere in the mask.
-        how: bands, size and augmentation.
+        how: bands, size and augmentation; with `marks_data` the mask says where the image has data.
         u: draws of the sample; None does not augment.
         out: [C, size_px, size_px] in how.dtype, where the image may be written.
     Returns: image [C, H, W] in how.dtype (memory order H, W, C), mask int64 [H, W] with class numbers or None. The
@@ -46,8 +46,10 @@ def sample(
     """
     share = how.augment.resized_crop if u is not None and how.size_px else None
     array, box = _decoded(image, share if mask is None else None, u)
-    target = None if mask is None else torch.from_numpy(_classes(decode.decode_mask(mask), how))
+    target = None if mask is None or how.marks_data else torch.from_numpy(_classes(decode.decode_mask(mask), how))
     picture, missing = image_of(array, nodata, how)
+    if how.marks_data:
+        target = torch.zeros(array.shape[:2], dtype=torch.int64)
     if target is not None and missing is not None:
         target[torch.from_numpy(missing)] = IGNORE
     keeps = u is not None and missing is not None and how.augment.changes_values
@@ -253,7 +255,8 @@ def _cropped(rows: list[Row], how: Pixels, chances: Mapping[int, np.ndarray | No
 
 def _is_plain(how: Pixels) -> bool:
     """Whether pixels are the three colours of the file."""
-    return how.dtype == "uint8" and how.channels == 3 and how.color != "gray" and not how.bands
+    is_rgb = how.dtype == "uint8" and how.channels == 3 and how.color != "gray"
+    return is_rgb and not how.bands and not how.marks_data
 
 
 def _box_and_flips(known: jpeg.Header, how: Pixels, u: np.ndarray | None) -> tuple[transforms.Box, int]:

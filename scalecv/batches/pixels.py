@@ -37,9 +37,11 @@ class Pixels:
     span: tuple[float, ...] = ()
     """Largest less smallest value per channel over the training split; empty in bundles of older releases."""
     augment: Augment = field(default_factory=Augment)
+    marks_data: bool = False
+    """Whether masks of a batch say where a tile has data (0, else IGNORE), and not what is there: for task=upscale."""
 
 
-def pixels_of(manifest: Manifest, data: Data, where: str) -> Pixels:
+def pixels_of(manifest: Manifest, data: Data, where: str, task: str = "") -> Pixels:
     """What the manifest and the experiment say about pixels.
 
     Raises: DataError, ConfigError: images of several kinds or sizes and no key that makes them alike; bands
@@ -90,6 +92,7 @@ def pixels_of(manifest: Manifest, data: Data, where: str) -> Pixels:
         mask_ignore=manifest.mask_ignore,
         span=_span(manifest, color, data.bands),
         augment=data.augment,
+        marks_data=task == "upscale",
     )
 
 

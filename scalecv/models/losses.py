@@ -3,8 +3,9 @@
 B samples, K classes, H x W pixels. Every term takes logits and a target and returns float32 [B], computed in
 float32 also under autocast (float64 logits stay float64). Classification: logits [B, K], target int64 [B].
 Segmentation: logits [B, K, H, W], or [B, 1, H, W] for two classes, target int64 [B, H, W]. Pixels marked
-IGNORE count nowhere; a sample without labelled pixels gives 0. Upscaling: images and truth [B, C, H, W]. The caller
-takes sum(valid * loss) / (valid samples over all ranks and accumulation steps).
+IGNORE count nowhere; a sample without labelled pixels gives 0. Upscaling: images and truth [B, C, H, W], of which
+pixels that are NaN in the truth count nowhere. The caller takes sum(valid * loss) / (valid samples over all ranks and
+accumulation steps).
 """
 
 from collections.abc import Mapping, Sequence
@@ -114,17 +115,17 @@ def lovasz(logits: Tensor, target: Tensor) -> Tensor:
 
 def l1(images: Tensor, truth: Tensor) -> Tensor:
     """Mean absolute difference of two images [C, H, W] each."""
-    return (_full(images) - truth).abs().flatten(1).mean(1)
+    return _per_image(_difference(images, truth).abs(), truth)
 
 
 def charbonnier(images: Tensor, truth: Tensor) -> Tensor:
     """Mean of sqrt(difference^2 + 1e-6): l1 with a gradient at zero (Charbonnier et al. 1994)."""
-    return ((_full(images) - truth).square() + 1e-6).sqrt().flatten(1).mean(1)
+    return _per_image((_difference(images, truth).square() + 1e-6).sqrt(), truth)
 
 
 def mse(images: Tensor, truth: Tensor) -> Tensor:
     """Mean squared difference of two images."""
-    return (_full(images) - truth).square().flatten(1).mean(1)
+    return _per_image(_difference(images, truth).square(), truth)
 
 
 def weighted(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
@@ -170,6 +171,17 @@ def _per_sample(each: Tensor, target: Tensor) -> Tensor:
     if each.ndim == 1:
         return each
     return each.flatten(1).sum(1) / labelled.flatten(1).sum(1).clamp_min(1)
+
+
+def _difference(images: Tensor, truth: Tensor) -> Tensor:
+    """Of two images, 0 where the truth has no data: what is made of it must have a finite gradient."""
+    return torch.where(truth.isnan(), 0.0, _full(images) - truth)
+
+
+def _per_image(each: Tensor, truth: Tensor) -> Tensor:
+    """Mean over the values of each image that the truth has, [B]."""
+    has_data = ~truth.isnan()
+    return torch.where(has_data, each, 0.0).flatten(1).sum(1) / has_data.flatten(1).sum(1).clamp_min(1)
 
 
 def _if_labelled(each: Tensor, target: Tensor) -> Tensor:

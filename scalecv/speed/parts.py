@@ -58,7 +58,7 @@ def measure(experiment: Experiment, seconds: float = 5.0, tell: Callable[[str], 
     dataset = open_dataset(experiment.data.uri, experiment.data.version, experiment.cache)
     check(experiment, dataset.manifest)
     experiment = trial.one_worker(experiment)
-    pixels = pixels_of(dataset.manifest, experiment.data, experiment.data.uri)
+    pixels = pixels_of(dataset.manifest, experiment.data, experiment.data.uri, experiment.task)
     threads = threads_per_rank(experiment.data.decode_threads, 1)
     reader = "threads" if experiment.data.reader == "auto" else experiment.data.reader
     feed = Feed(

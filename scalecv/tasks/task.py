@@ -1,8 +1,9 @@
 """A task: what the training loop asks of a kind of problem, as a record of functions.
 
 B images, C channels, K classes, H x W pixels. A batch on the device is a mapping: "image" float [B, C, H, W]
-normalised, "label" int64 [B], "mask" int64 [B, H, W] (IGNORE where not labelled) or "truth" float [B, C, H, W],
-"valid" bool [B] (False: a row that only fills the batch and counts nowhere), "id" list of str, "position" int64 [B].
+normalised, "label" int64 [B], "mask" int64 [B, H, W] (IGNORE where not labelled) or "truth" float [B, C, H, W] (NaN in
+pixels without data), "valid" bool [B] (False: a row that only fills the batch and counts nowhere), "id" list of str,
+"position" int64 [B].
 """
 
 from collections.abc import Callable, Mapping, Sequence

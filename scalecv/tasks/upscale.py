@@ -1,7 +1,8 @@
 """A larger image of the same place: super-resolution.
 
 The tile is the truth; what the network sees is the tile made smaller by its factor. Masks and labels of a dataset are
-not looked at. Beside the network's scores stand those of bicubic enlargement of the same input.
+not looked at; a batch's masks say where a tile has data, and pixels without count nowhere (see Pixels.marks_data).
+Beside the network's scores stand those of bicubic enlargement of the same input.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from torch import Tensor
 from scalecv.config import IMAGE_TERMS, Loss
 from scalecv.metrics import fidelity
 from scalecv.models.upscalers import bicubic, reduced
+from scalecv.schema import IGNORE
 from scalecv.tasks.task import Batch, Task, active_terms, refuse
 
 if TYPE_CHECKING:
@@ -58,8 +60,10 @@ def check(loss: Loss, classes: int) -> None:
 
 
 def prepare(factor: int, batch: Batch) -> dict[str, Any]:
-    """The tile as "truth", and the smaller one that the network sees as "image"."""
-    return {**batch, "truth": batch["image"], "image": reduced(batch["image"], factor)}
+    """The tile as "truth", NaN where it has no data, and the smaller one that the network sees as "image"."""
+    tile = batch["image"]
+    truth = tile.masked_fill((batch["mask"] == IGNORE)[:, None], torch.nan) if "mask" in batch else tile
+    return {**batch, "truth": truth, "image": reduced(tile, factor)}
 
 
 def losses(logits: Tensor, batch: Batch, loss: Loss, class_weights: Tensor | None) -> dict[str, Tensor]:
@@ -68,23 +72,28 @@ def losses(logits: Tensor, batch: Batch, loss: Loss, class_weights: Tensor | Non
 
 
 def score(units: Units | None, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
-    """Sums over images of PSNR and SSIM, of the network and of bicubic, float64, and the number of valid rows."""
+    """Sums over images of PSNR and SSIM, of the network and of bicubic, float64, and of how many images.
+
+    An image without data has neither, one whose data fills no window of SSIM has no SSIM.
+    """
     truth, valid = batch["truth"], batch["valid"]
     rivals = {"": logits.detach(), "bicubic_": bicubic(batch["image"], truth.shape[-1] // batch["image"].shape[-1])}
-    sums: dict[str, Tensor] = {"rows": valid.sum()}
+    places = {"psnr": fidelity.has_data_of(truth), "ssim": fidelity.whole_windows(truth)}
+    counted = {measure: where.flatten(1).any(1) & valid for measure, where in places.items()}
+    sums: dict[str, Tensor] = {"rows": valid.sum()} | {f"{name}_rows": rows.sum() for name, rows in counted.items()}
     units = units or Units((0.0,) * truth.shape[1], (1.0,) * truth.shape[1], (1.0,) * truth.shape[1])
     known = _as_files(truth, units)
     for name, images in rivals.items():
         shown = _as_files(images, units)
         for measure, of in (("psnr", fidelity.psnr), ("ssim", fidelity.ssim)):
-            sums[name + measure] = torch.where(valid, of(shown, known, units.span), 0.0).sum()
+            sums[name + measure] = torch.where(counted[measure], of(shown, known, units.span), 0.0).sum()
     return sums
 
 
 def summarise(sums: Mapping[str, Tensor], classes: Sequence[str], threshold: float = 0.5) -> dict[str, float]:
-    """Psnr (dB) and ssim, means over images, and bicubic_psnr and bicubic_ssim of the same input."""
-    rows = max(1, int(sums["rows"]))
-    return {name: float(sums[name]) / rows for name in ("psnr", "ssim", "bicubic_psnr", "bicubic_ssim")}
+    """Psnr (dB) and ssim, means over images with data, and bicubic_psnr and bicubic_ssim of the same input."""
+    names = ("psnr", "ssim", "bicubic_psnr", "bicubic_ssim")
+    return {name: float(sums[name]) / max(1, int(sums[f"{name[-4:]}_rows"])) for name in names}
 
 
 def predict(logits: Tensor, threshold: float = 0.5) -> tuple[Tensor, Tensor]:
@@ -99,7 +108,7 @@ def draw(factor: int, units: Units, samples: Sequence["Sample"], classes: Sequen
     rows, notes = [], []
     for sample in samples:
         truth, found = torch.from_numpy(sample.truth)[None], torch.from_numpy(sample.prediction)[None]
-        small = reduced(truth, factor)
+        small = reduced(truth.nan_to_num(), factor)  # without data the network sees the mean
         large = bicubic(small, factor)
         rows.append([one[0].numpy() for one in (small, large, found, truth)])
         known = _as_files(truth, units)
@@ -111,9 +120,12 @@ def draw(factor: int, units: Units, samples: Sequence["Sample"], classes: Sequen
 def _alike(images: Sequence[np.ndarray]) -> list[np.ndarray]:
     """[C, h, w] each as uint8 [h, w, 3], stretched alike: 2 % of the last one's values are black, 2 % white."""
     take = [0, 1, 2] if len(images[-1]) >= 3 else [0, 0, 0]
-    black, white = np.percentile(images[-1][take], [2, 98], axis=(1, 2))
+    has_data = np.isfinite(images[-1]).all(0)
+    values = images[-1][take][:, has_data] if has_data.any() else np.zeros((3, 1))
+    black, white = np.percentile(values, [2, 98], axis=1)
     scale = 255 / np.maximum(white - black, 1e-12)
-    return [((one[take].transpose(1, 2, 0) - black) * scale).clip(0, 255).round().astype(np.uint8) for one in images]
+    shown = [np.nan_to_num((one[take].transpose(1, 2, 0) - black) * scale) for one in images]
+    return [one.clip(0, 255).round().astype(np.uint8) for one in shown]
 
 
 def _as_files(values: Tensor, units: Units) -> Tensor:

@@ -84,7 +84,7 @@ def _work(
     if experiment.train.exact:
         exact.use_fixed_kernels(place.device)
     dataset = open_dataset(experiment.data.uri, job.dataset_version, experiment.cache)
-    pixels = pixels_of(dataset.manifest, experiment.data, experiment.data.uri)
+    pixels = pixels_of(dataset.manifest, experiment.data, experiment.data.uri, experiment.task)
     task = task_for(experiment.task, pixels, experiment.model.arch, experiment.model.args)
     setup = _setup(job, place, dataset, task, pixels, report, requests, watchdog)
     state, notes, weights = _start(setup, job, place, pixels)

@@ -42,3 +42,14 @@ def test_by_hand():
     assert psnr(black, black, [255.0]).tolist() == [100.0, 100.0]
     # Constant images: only brightness differs, (2ab + C1) / (a^2 + b^2 + C1) with a = 0.1, b = 0, in a window of 3 px.
     assert ssim(grey, black, [255.0]).tolist() == pytest.approx([1e-4 / (0.01 + 1e-4)] * 2)
+
+
+def test_pixels_without_data_count_nowhere():
+    """Nor do windows of SSIM that hold one: the rest is scored as if it were cut out."""
+    truth, changed = pair()
+    gone, wild = truth.clone(), changed.clone()
+    gone[..., :20], wild[..., :20] = np.nan, 1e9
+    for measure in (psnr, ssim):
+        assert float(measure(wild, gone, [200, 1800])) == float(
+            measure(changed[..., 20:], truth[..., 20:], [200, 1800])
+        ), measure

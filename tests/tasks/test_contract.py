@@ -185,6 +185,23 @@ def test_halves_and_filler_rows_of_upscaling_add_up_to_the_whole():
         assert (told[5:] == 0).all() and value.shape == (5,) and value.dtype == torch.float32
 
 
+def test_what_a_tile_has_no_data_for_is_neither_learnt_nor_scored():
+    """Nodata is flat, and so easy: a tile of it alone would score 100 dB."""
+    task, tile = TASKS["upscale"], torch.randn(2, 3, SIDE, SIDE)
+    mask = torch.zeros(2, SIDE, SIDE, dtype=torch.int64)
+    mask[0, :, : SIDE // 2], mask[1] = IGNORE, IGNORE
+    tile.masked_fill_((mask == IGNORE)[:, None], 0.0)
+    batch = task.prepare({"image": tile, "mask": mask, "valid": torch.ones(2, dtype=torch.bool)})
+    images = (tile + torch.where((mask == IGNORE)[:, None], 5.0, 0.1)).requires_grad_()
+    scores = task.summarise(task.score(images, batch), ())
+    assert scores["psnr"] == pytest.approx(20.0, abs=1e-4), "0.1 of a range of 1, in the half that has data"
+    losses = task.losses(images, batch, Loss(l1=1.0, charbonnier=1.0, mse=1.0), None)
+    assert losses["l1"].tolist() == pytest.approx([0.1, 0.0]) and losses["mse"].tolist() == pytest.approx([0.01, 0.0])
+    sum(losses.values()).sum().backward()
+    assert (images.grad[0, :, :, SIDE // 2 :] != 0).all() and torch.isfinite(images.grad).all()
+    assert (images.grad[0, :, :, : SIDE // 2] == 0).all() and (images.grad[1] == 0).all()
+
+
 def test_more_than_twenty_classes_are_not_told_one_by_one():
     sums = {"confusion": torch.eye(43, dtype=torch.long)}
     assert set(TASKS["classify"].summarise(sums, [str(i) for i in range(43)])) == {"accuracy", "macro_accuracy", "f1"}

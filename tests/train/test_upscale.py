@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +20,7 @@ from scalecv.serve.predict import predict
 from scalecv.shards.ingest import IngestOptions, ingest
 from scalecv.train import runs
 from scalecv.train.run import train
+from tests.shards.images import write
 
 SEGMENT = {
     "name": "roofs",
@@ -198,6 +200,29 @@ def test_images_without_labels_and_masks(shared_data, server, tmp_path, monkeypa
     with pytest.raises(ConfigError, match="ranks those of models for classify and segment"):
         rank_bands(done.bundle, "data")
     assert not (tmp_path / "predicted").exists()
+
+
+def test_tiles_without_data_change_no_score(server, tmp_path, monkeypatch):
+    """A scene's dark margin is a tile like any other; what it scores would be 100 dB."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    rng = np.random.default_rng(0)
+    for name in ("train/0", "train/1", "val/0", "val/1"):
+        image = rng.integers(100, 3000, (32, 32, 2)).astype(np.uint16)
+        image[:, :10] = 0
+        for kind, pixels, nodata in (("images", image, 0), ("masks", (image[..., :1] > 900).astype(np.uint8), None)):
+            write(tmp_path, f"a/{name.replace('/', f'/{kind}/')}.tif", raster.encode(pixels, nodata))
+    shutil.copytree("a", "b")
+    write(tmp_path, "b/val/images/2.tif", raster.encode(np.zeros((32, 32, 2), np.uint16), 0))
+    write(tmp_path, "b/val/masks/2.tif", raster.encode(np.zeros((32, 32, 1), np.uint8)))
+    for place in "ab":
+        ingest(IngestOptions(source=place, to=f"data-{place}", layout="masks", concurrency=0))
+    keys = {"data.uri": "data-a", "data.bands": [1, 2], "data.size_px": None, "train.epochs": 1}
+    done = train(build(with_overrides({}, UPSCALE | keys), "test"))
+    alone, beside = (evaluate(done.bundle, f"data-{place}", split="val") for place in "ab")
+    assert (alone.rows, beside.rows) == (2, 3)
+    for name in ("val/psnr", "val/ssim", "val/bicubic_psnr", "val/bicubic_ssim"):
+        assert beside.metrics[name] == pytest.approx(alone.metrics[name], abs=1e-9), name
 
 
 def test_a_model_behind_its_stage_predicts_images_at_their_own_size(experiment, tiles, shared_data, tmp_path):
