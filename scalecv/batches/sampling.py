@@ -35,7 +35,9 @@ def check(data: Data, manifest: Manifest, where: str) -> None:
 
 
 def kinds_of(dataset: Dataset, split: str, min_share: float) -> np.ndarray:
-    """uint16 [rows of the split]: the class; of masks 1 where more than `min_share` is foreground, else 0."""
+    """uint16 [rows of the split]: the class; of masks 1 where more than `min_share` is foreground; else 0."""
+    if dataset.manifest.kind == "image":
+        return np.zeros(dataset.manifest.splits[split], np.uint16)
     if dataset.manifest.kind == "mask":
         return (foreground_of(dataset, split) > min_share).astype(np.uint16)
     return classes_of(dataset, split).astype(np.uint16)

@@ -123,8 +123,10 @@ class Data(Frozen):
     """
     decode_threads: int | None = Field(None, ge=1)
     """Threads that decode images in each training process; empty means its share of the cores."""
-    allow_leak: tuple[Literal["overlap"], ...] = ()
-    """Leaks between splits to train in spite of, by name; overlap: images of two splits lie on each other."""
+    allow_leak: tuple[Literal["overlap", "copies"], ...] = ()
+    """Leaks between splits to train in spite of, by name; overlap: images of two splits lie on each other; copies: two
+    splits hold the same image.
+    """
     max_bad: float = Field(0.01, ge=0, le=1)
     """Share of a split's rows that a run may leave out because their bytes are damaged or gone; more stops it."""
 

@@ -138,12 +138,12 @@ def _header(found: Found, source: str, reader: SceneReader) -> _Scene:
 
 def _grouped(scenes: list[_Scene]) -> list[_Scene]:
     """Scenes with one group for all that lie on each other or have a group of the user's in common."""
-    known = [scene for scene in scenes if scene.profile is not None and scene.profile.is_placed]
+    known = [scene for scene in scenes if scene.profile is not None and footprints.place_of(scene.profile)]
     together = {scene.found.path: scene.found.group or scene.found.path for scene in scenes}
     if known:
         found = Footprints(
             [scene.found.path for scene in known],
-            [str(scene.profile.crs) for scene in known if scene.profile],
+            [place[0] for scene in known if scene.profile and (place := footprints.place_of(scene.profile))],
             np.array([_corners(scene.profile) for scene in known if scene.profile]),
             np.arange(len(known)),
         )

@@ -13,6 +13,7 @@ from scalecv import raster
 from scalecv.raster import Profile
 from scalecv.shards import jpeg
 from scalecv.shards.decode import MAX_PIXELS, PLAIN_DECODED_BYTES, TIFF, BadImage, Image, decode_image, decode_mask
+from scalecv.shards.footprints import place_of
 
 Note = Literal[
     "name",
@@ -124,9 +125,8 @@ def mask_place(image: Profile, mask: Profile) -> dict[Note, str]:
 
 def _place(image: Image) -> list[Any] | None:
     found = image.place
-    if found is None or not found.is_placed:
-        return None
-    return [found.crs, *found.transform, found.width, found.height]
+    known = place_of(found) if found else None
+    return [known[0], *known[1], found.width, found.height] if found and known else None
 
 
 @lru_cache(maxsize=64)

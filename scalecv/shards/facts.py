@@ -14,6 +14,7 @@ from scalecv import storage
 from scalecv.errors import DataError
 from scalecv.schema import SPLITS
 from scalecv.shards import manifest as manifests
+from scalecv.shards.contents import Contents
 from scalecv.shards.cut import tiling
 from scalecv.shards.examine import MAX_MASK_VALUES, NOTES, Note
 from scalecv.shards.manifest import Manifest, Quarantine
@@ -56,9 +57,10 @@ def add_up(work: Work, options: IngestOptions, said: Sequence[str]) -> Manifest:
     with tempfile.TemporaryDirectory(prefix="scalecv-") as folder:
         rows = RowFactsWriter(Path(folder) / "rows.parquet", work.settings.kind)
         bad, odd = _Asides(Path(folder) / "quarantine.parquet"), _Asides(Path(folder) / "notes.parquet")
-        places = Places(Path(folder) / "footprints.parquet")
+        places, contents = Places(Path(folder) / "footprints.parquet"), Contents(Path(folder) / "contents")
         if work.parent is not None:
             rows.copy(work.uri, work.parent)
+            contents.copy(work.uri, work.parent)
             for writer, facts in ((bad, work.parent.quarantine), (odd, work.parent.notes)):
                 writer.copy(work.uri, facts, work)
             for some in aside_rows(work.uri, work.parent.footprints):
@@ -69,16 +71,20 @@ def add_up(work: Work, options: IngestOptions, said: Sequence[str]) -> Manifest:
             bad.add(work.settings.source, record.quarantine)
             odd.add(work.settings.source, record.notes)
             places.add(record)
+            contents.add([record.split] * record.rows, record.row_contents or [None] * record.rows)
         check_budget(totals.reasons, totals.examples, sum(totals.splits.values()), options.max_bad)
         quarantine, notes = bad.put(work.uri), odd.put(work.uri)
         overlaps, strangers = places.overlaps()
         footprints = places.put(work.uri)
         row_facts = rows.put(work.uri)
+        parents = work.parent.shards if work.parent else ()
+        copies = contents.copies(work.uri, (*parents, *totals.shards))
     files = {
         "quarantine": quarantine,
         "notes": notes,
         "footprints": footprints,
         "overlaps": overlaps,
+        "copies": copies,
         "row_facts": row_facts,
     }
     return _manifest(work, options, totals, files, (*said, *_stranger_lines(strangers)))
@@ -230,6 +236,13 @@ def _place_lines(manifest: Manifest, totals: Totals, parent: Manifest | None) ->
             f"{manifests.overlap_line(overlap)}: scores there will be too good, and train refuses them; split by "
             "place: --split-by scene, --split-by block with --tile, or --split-folder"
         )
+    for copies in manifest.copies:
+        yield (
+            f"{manifests.copies_line(copies)}: scores there will be too good, and train refuses them; leave the copies "
+            "out of the source, or keep them together with --group"
+        )
+    if parent is not None and not parent.row_facts.has_contents:
+        yield "the version before does not say what its images hold: copies of them are not known"
     if manifest.footprints.rows and parent is not None and not parent.footprints.rows:
         yield "the version before does not say where its rows lie: overlaps with them are not known"
 

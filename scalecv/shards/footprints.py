@@ -1,8 +1,9 @@
 """Where rows lie, and which of them lie on each other: an image and its neighbour must not be in two splits.
 
 A footprint is a parallelogram in a place: on the ground, where the place is a CRS, or in the pixels of a scene without
-georeference, where the place is its path. Footprints are sorted into cells of a grid, one grid for each power of two of
-their size, so that only neighbours are compared, and many at once.
+georeference, where the place is its path. Files that have coordinates and name no CRS are taken to mean the same one.
+Footprints are sorted into cells of a grid, one grid for each power of two of their size, so that only neighbours are
+compared, and many at once.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scalecv import raster
-from scalecv.raster import Transform
+from scalecv.raster import PIXELS, Profile, Transform
 from scalecv.schema import SPLITS
 
 SCENE = "scene:"
-"""Begins the place of a footprint that is known in the pixels of a scene alone."""
+"""Begins the place of a footprint that is known in the pixels of a scene alone; by itself: coordinates without CRS."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,14 @@ class Footprints:
     def _ground(self) -> tuple[str, ...]:
         """The CRS among the places."""
         return tuple(place for place in dict.fromkeys(self.places) if not place.startswith(SCENE))
+
+
+def place_of(profile: Profile) -> tuple[str, Transform] | None:
+    """The place of a file, and its transform there; None where it does not say, as one that has pixel sizes alone."""
+    if profile.is_placed:
+        return str(profile.crs), profile.transform
+    has_origin = profile.transform != PIXELS and (profile.transform[2] != 0 or profile.transform[5] != 0)
+    return (SCENE, profile.transform) if profile.crs is None and has_origin else None
 
 
 def corners(transform: Transform, width: int, height: int) -> list[tuple[float, float]]:

@@ -76,12 +76,24 @@ class Overlap(Frozen):
     """Paths of one pair, in the order of `splits`."""
 
 
+class Copies(Frozen):
+    """Images of one split that another one holds too, byte for byte."""
+
+    splits: tuple[str, str]
+    images: int
+    """Of the second split."""
+    example: tuple[str, str]
+    """Paths of an image and of its copy, in the order of `splits`."""
+
+
 class RowFacts(Frozen):
     """The class, or the mask's pixel counts, of each row: what sampling needs."""
 
     path: str | None = Field(None, pattern=r"^_facts/[0-9a-f]{64}\.parquet$")
     """Parquet file below the dataset, rows in the order of the shards; None in manifests of older releases."""
     sha256: str | None = None
+    has_contents: bool = False
+    """Whether they say what images hold."""
 
 
 class Manifest(Frozen):
@@ -133,6 +145,8 @@ class Manifest(Frozen):
     """Where the rows lie that say so: a Parquet file with path, split, place, transform, width, height."""
     overlaps: tuple[Overlap, ...] = ()
     """Splits whose rows lie on each other."""
+    copies: tuple[Copies, ...] = ()
+    """Splits that hold the same images."""
     row_facts: RowFacts = RowFacts()
     """Of single rows, where the release that ingested them kept any."""
     warnings: tuple[str, ...] = ()
@@ -169,6 +183,13 @@ def overlap_line(overlap: Overlap) -> str:
     (a, b), (one, other) = overlap.splits, overlap.example
     pairs = "1 pair of images" if overlap.pairs == 1 else f"{overlap.pairs} pairs of images"
     return f"{pairs} of {a} and {b} lie on each other, such as {one} ({a}) and {other} ({b})"
+
+
+def copies_line(copies: Copies) -> str:
+    """Copies in words."""
+    (a, b), (one, other) = copies.splits, copies.example
+    images = "1 image is a copy" if copies.images == 1 else f"{copies.images} images are copies"
+    return f"in {b} {images} of what {a} holds, such as {other} ({b}) of {one} ({a})"
 
 
 def fingerprint(manifest: Manifest) -> str:

@@ -141,9 +141,11 @@ class Record(BaseModel):
     """Label of each row that has one, in the order of the shard."""
     row_masks: list[list[int]] = []
     """Of each row with a mask: value, pixels, value, pixels …"""
+    row_contents: list[str] = []
+    """Of each row what its image holds (see contents.py), 32 hex digits or none; in the order of the shard."""
     quarantine: list[Aside] = []
     notes: list[Aside] = []
-    _held: list[tuple[Mapping[str, Any], Facts, int]] = PrivateAttr(default_factory=list)
+    _held: list[tuple[Mapping[str, Any], Facts, str, int]] = PrivateAttr(default_factory=list)
     """Good rows that are not counted yet."""
 
     @staticmethod
@@ -164,7 +166,7 @@ class Record(BaseModel):
     def accept(self, row: Mapping[str, Any], facts: Facts, sha256: str, encoded_bytes: int) -> None:
         """Count one good row."""
         held = self._held
-        held.append((row, facts, encoded_bytes))
+        held.append((row, facts, sha256, encoded_bytes))
         if facts["notes"]:
             self.notes += [_aside(row, "note", note, detail, sha256) for note, detail in facts["notes"].items()]
         if len(held) >= _HELD:
@@ -180,14 +182,14 @@ class Record(BaseModel):
         held, self._held = self._held, []
         kinds: dict[str, list[Facts]] = {}
         sizes = self.sizes_px
-        for row, facts, _ in held:
+        for row, facts, sha256, _ in held:
             key = f"{facts['dtype']}x{facts['bands']}"
             kinds.setdefault(key, []).append(facts)
             _add(self.formats, facts["format"], 1)
             if row["label"] is not None:
                 _add(self.labels, row["label"], 1)
                 self.row_labels.append(row["label"])
-            if facts["mask_values"]:
+            if row["mask"]:
                 self.row_masks.append([n for pair in facts["mask_values"].items() for n in (int(pair[0]), pair[1])])
             for value, pixels in facts["mask_values"].items():
                 _add(self.mask_values, value, pixels)
@@ -195,12 +197,13 @@ class Record(BaseModel):
                 place, *transform, width, height = facts["place"]
                 told = {"place": place, "transform": tuple(transform), "width": width, "height": height}
                 self.footprints.append(Footprint(path=row["path"], **told))
+            self.row_contents.append(_content(facts, row.get("content", sha256)))
             if facts["format"] == "TIFF":
                 self.rasters.setdefault(key, row["path"])
             sizes = _wider(sizes, [facts["width"], facts["height"]] * 2)
         self.sizes_px = sizes
         self.rows += len(held)
-        self.encoded_bytes += sum(size for _, _, size in held)
+        self.encoded_bytes += sum(size for *_, size in held)
         for key, images in kinds.items():
             _add(self.bands, key, len(images))
             sums = BandSums.of_images(images)
@@ -269,6 +272,11 @@ class Totals:
 
 def _aside(row: Mapping[str, Any], stage: str, reason: str, detail: str, sha256: str) -> Aside:
     return Aside(path=row["path"], stage=stage, reason=reason, detail=detail, size_bytes=row["size"], sha256=sha256)
+
+
+def _content(facts: Facts, sha256: str) -> str:
+    is_flat = not facts["pixels"] or facts["min"] == facts["max"]
+    return "" if is_flat else sha256[:32]
 
 
 def _add(counts: dict[str, int], key: str, count: int) -> None:

@@ -1,4 +1,4 @@
-"""What sampling needs to know of each row, in one small file of a version: its class, or its mask's pixel counts.
+"""What is known of each row, in one small file of a version: its class or its mask's pixel counts, and its content.
 
 Rows stand in the order of the manifest's shards. The file is named by its hash and written before the commit; the
 shards, and so the fingerprint, know nothing of it.
@@ -19,6 +19,7 @@ from scalecv.shards.store import Dataset, put_facts
 if TYPE_CHECKING:
     import pyarrow as pa
 
+CONTENT = "content"
 _HELD = 1 << 16
 """Rows that are written, and read, at once."""
 
@@ -32,28 +33,35 @@ class RowFactsWriter:
 
         numbers = pa.list_(pa.int64())
         fields = {"label": [("label", pa.string())], "mask": [("values", numbers), ("pixels", numbers)]}
-        self._schema = pa.schema(fields.get(kind, []))
+        self._schema = pa.schema([*fields.get(kind, []), (CONTENT, pa.string())])
         self._kind, self._path = kind, path
-        self._is_whole = kind in fields
+        self._is_whole = True
         """False from the first row of which nothing is known: an older release has counted it."""
+        self._has_contents = True
         self._rows: list[tuple[Any, ...]] = []
         self._writer: Any = None
 
     def copy(self, uri: str, parent: Manifest) -> None:
-        """Take over the rows of the version that is appended to."""
+        """Take over the rows of the version that is appended to; one of an older release may have no contents."""
+        import pyarrow as pa
+
+        self._has_contents = parent.row_facts.has_contents
         if not parent.row_facts.path:
             self._is_whole = False
             return
         for table in _tables(uri, parent.row_facts):
-            self._write(table.cast(self._schema))
+            columns = {name: table.column(name) for name in table.column_names} | {CONTENT: contents_in(table)}
+            self._write(pa.table(columns).select(self._schema.names).cast(self._schema))
 
     def add(self, record: Record) -> None:
         """Take the rows of one unit."""
-        if self._kind == "label":
-            self._rows += [(label,) for label in record.row_labels]
-        elif self._kind == "mask":
-            self._rows += [(flat[::2], flat[1::2]) for flat in record.row_masks]
-        self._is_whole &= record.rows in (len(record.row_labels), len(record.row_masks))
+        known: dict[str, list[tuple[Any, ...]]] = {
+            "label": [(label,) for label in record.row_labels],
+            "mask": [(flat[::2], flat[1::2]) for flat in record.row_masks],
+        }
+        facts, contents = known.get(self._kind, [()] * record.rows), record.row_contents
+        self._is_whole &= record.rows == len(facts) == len(contents)
+        self._rows += [(*one, content) for one, content in zip(facts, contents, strict=False)]
         if len(self._rows) >= _HELD:
             self._flush()
 
@@ -65,7 +73,7 @@ class RowFactsWriter:
         if self._writer is None or not self._is_whole:
             return RowFacts()
         path, sha256 = put_facts(uri, self._path.read_bytes(), "parquet")
-        return RowFacts(path=path, sha256=sha256)
+        return RowFacts(path=path, sha256=sha256, has_contents=self._has_contents)
 
     def _flush(self) -> None:
         import pyarrow as pa
@@ -81,6 +89,25 @@ class RowFactsWriter:
         if self._writer is None:
             self._writer = pq.ParquetWriter(self._path, self._schema, compression="zstd")
         self._writer.write_table(table)
+
+
+def contents_of(uri: str, manifest: Manifest) -> "Iterator[pa.ChunkedArray]":
+    """Content of each row (see contents.py) in the order of the shards, some at a time; null: not known."""
+    import pyarrow as pa
+
+    if manifest.row_facts.path:
+        yield from (contents_in(table) for table in _tables(uri, manifest.row_facts))
+    else:
+        yield pa.chunked_array([pa.nulls(manifest.rows, pa.string())])
+
+
+def contents_in(table: "pa.Table") -> "pa.ChunkedArray":
+    """The contents in a table of facts, null where its release kept none."""
+    import pyarrow as pa
+
+    if CONTENT in table.column_names:
+        return table.column(CONTENT)
+    return pa.chunked_array([pa.nulls(len(table), pa.string())])
 
 
 def classes_of(dataset: Dataset, split: str) -> np.ndarray:

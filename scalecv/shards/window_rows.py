@@ -17,7 +17,7 @@ from scalecv import raster, storage
 from scalecv.raster import PIXELS, Profile
 from scalecv.shards.decode import BadImage
 from scalecv.shards.examine import Facts, Note, examine, mask_place
-from scalecv.shards.footprints import SCENE
+from scalecv.shards.footprints import SCENE, place_of
 from scalecv.shards.plan import UnitSettings
 from scalecv.shards.record import Record
 from scalecv.shards.scene import SceneReader
@@ -149,7 +149,7 @@ def _sample(
     down = slice(window.row - area.row, window.row - area.row + window.height)
     across = slice(window.col - area.col, window.col - area.col + window.width)
     part, nodata = _filled(pixels[down, across], side, profile.nodata)
-    place = raster.shifted(profile.transform, window.col, window.row) if profile.is_placed else profile.transform
+    place = raster.shifted(profile.transform, window.col, window.row) if profile.transform != PIXELS else PIXELS
     data = raster.encode(part, nodata, profile.wkt, place, profile.names)
     mask, values = None, None
     if numbers is not None:
@@ -168,7 +168,7 @@ def _sample(
 
 def _footprint(profile: Profile, scene: str, window: Window) -> list[Any]:
     """As `Facts` tells it, without what was filled up."""
-    known = (profile.crs, profile.transform) if profile.is_placed else (SCENE + scene, PIXELS)
+    known = place_of(profile) or (SCENE + scene, PIXELS)
     return [known[0], *raster.shifted(known[1], window.col, window.row), window.width, window.height]
 
 

@@ -8,7 +8,7 @@ from scalecv.batches import sampling
 from scalecv.batches.pixels import Pixels, pixels_of
 from scalecv.config import Experiment
 from scalecv.errors import ConfigError, DataError, nearest
-from scalecv.shards.manifest import Manifest, constant_bands, overlap_line
+from scalecv.shards.manifest import Manifest, constant_bands, copies_line, overlap_line
 
 MEASURES = {
     "classify": ("loss", "accuracy", "macro_accuracy", "f1", "average_precision"),
@@ -251,15 +251,27 @@ def _notes(experiment: Experiment, manifest: Manifest, pixels: Pixels) -> list[s
 def _leaks(experiment: Experiment, manifest: Manifest, where: str) -> list[str]:
     """Notes on leaks that the experiment allows.
 
-    Raises: DataError: images of two splits lie on each other.
+    Raises: DataError: images of two splits lie on each other, or are the same.
     """
-    lines = [overlap_line(overlap) for overlap in manifest.overlaps]
-    if lines and "overlap" not in experiment.data.allow_leak:
-        raise DataError(
-            f"{where}: {'; '.join(lines)}. What is learnt in one is asked in the other: ingest with a split by place "
-            "(--split-by scene or block, --split-folder), or say data.allow_leak=[overlap]"
-        )
-    return [f"allowed by data.allow_leak=[overlap]: {line}" for line in lines]
+    found = {
+        "overlap": (
+            [overlap_line(overlap) for overlap in manifest.overlaps],
+            "ingest with a split by place (--split-by scene or block, --split-folder)",
+        ),
+        "copies": (
+            [copies_line(copies) for copies in manifest.copies],
+            "leave the copies out of the source or keep them together with --group, and ingest again",
+        ),
+    }
+    allowed = experiment.data.allow_leak
+    for name, (lines, fix) in found.items():
+        if lines and name not in allowed:
+            names = ", ".join([*allowed, name])
+            raise DataError(
+                f"{where}: {'; '.join(lines)}. What is learnt in one is asked in the other: {fix}, or say "
+                f"data.allow_leak=[{names}]"
+            )
+    return [f"allowed by data.allow_leak=[{name}]: {line}" for name, (lines, _) in found.items() for line in lines]
 
 
 def _splits(manifest: Manifest) -> str:

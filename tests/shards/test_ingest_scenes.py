@@ -123,6 +123,23 @@ def test_pixels_without_georeference_are_compared_within_their_scene(tmp_path, s
     assert not facts.overlaps
 
 
+@pytest.mark.parametrize(("origin", "pairs"), [(500_000.0, 1), (0.0, 0)])
+def test_files_with_coordinates_and_no_crs_are_compared_with_each_other(tmp_path, origin, pairs):
+    """Not so where all say (0, 0): that is the size of their pixels, and no place."""
+    for number, split in enumerate(("train", "val", "train")):
+        image, mask = scene(number, 64, 64)
+        transform = (10.0, 0.0, origin and origin + 400.0 * number, 0.0, -10.0, origin)
+        write(tmp_path, f"{split}/images/{number}.tif", raster.encode(image, None, None, transform))
+        write(tmp_path, f"{split}/masks/{number}.tif", raster.encode(mask[:, :, None], None, None, transform))
+    for more in ({}, {"tile": 64}):
+        facts = open_dataset(
+            run(tmp_path, tmp_path / f"ds{len(more)}", "masks", mask_values=(0, 1), **more).dataset
+        ).manifest
+        assert [overlap.pairs for overlap in facts.overlaps] == [2] * pairs and facts.crs == {}
+    rows = rows_of(tmp_path / "ds1")
+    assert {raster.profile(row["image"]["bytes"]).transform[2] for row in rows} >= {origin}
+
+
 def test_damage_is_set_aside_and_empty_windows_are_counted(source, tmp_path):
     copy = Path(shutil.copytree(source, tmp_path / "s"))
     for name, data in (("cut", (copy / "images/c.tif").read_bytes()[:3000]), ("text", b"no scene")):

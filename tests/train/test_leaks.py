@@ -4,6 +4,7 @@ import pytest
 
 from scalecv.errors import DataError
 from scalecv.shards.ingest import IngestOptions, ingest
+from scalecv.shards.manifest import Copies
 from scalecv.shards.store import open_dataset
 from scalecv.train.checks import check
 
@@ -36,3 +37,16 @@ def test_a_split_by_place_is_fine_and_a_flat_band_is_told_where_it_is_used(panel
     flat = "band 4 is 255 everywhere: leave it out with data.bands=[1,2,3]"
     assert flat in check(fields(), manifest) and flat in manifest.warnings
     assert not [note for note in check(fields(data__bands=[1, 2, 3]), manifest) if "everywhere" in note]
+
+
+def test_copies_are_refused_until_they_are_allowed_by_name(panels, fields):
+    found = Copies(splits=("train", "test"), images=3, example=("a.png", "b.png"))
+    manifest = panels("places", split_folders={"other_place": "val"}).model_copy(update={"copies": (found,)})
+    line = "in test 3 images are copies of what train holds, such as b.png (test) of a.png (train)"
+    with pytest.raises(DataError) as caught:
+        check(fields(), manifest)
+    assert line in str(caught.value) and str(caught.value).endswith("or say data.allow_leak=[copies]")
+    assert check(fields(data__allow_leak=["copies"]), manifest)[0] == f"allowed by data.allow_leak=[copies]: {line}"
+    both = manifest.model_copy(update={"overlaps": panels("random").overlaps})
+    with pytest.raises(DataError, match=r"data.allow_leak=\[overlap, copies\]"):
+        check(fields(data__allow_leak=["overlap"]), both)
