@@ -87,15 +87,23 @@ def get(uri: str, size_bytes: int | None = None, sha256: str | None = None) -> b
     raise IntegrityError(f"{uri} {problem}: the object is damaged; restore it or write it again")
 
 
-def get_range(uri: str, start: int, end: int) -> memoryview:
+def get_range(uri: str, start: int, end: int, memory: memoryview | None = None) -> memoryview:
     """Bytes `start` to `end` (exclusive) of one object, not copied from where the client received them.
+
+    Args:
+        uri: the object.
+        start, end: the range.
+        memory: where a local file may be read into, if the range fits; then the answer lies there.
 
     Raises: FileNotFoundError: no such object. IntegrityError: the object ends before `end`.
     """
     place = place_of(uri)
-    data = memoryview(
-        local.get_range(place.path, start, end) if place.is_local else remote.get_range(place, start, end)
-    )
+    if place.is_local and memory is not None and end - start <= len(memory):
+        data = memory[: local.read_into(place.path, start, memory[: end - start])]
+    elif place.is_local:
+        data = memoryview(local.get_range(place.path, start, end))
+    else:
+        data = memoryview(remote.get_range(place, start, end))
     if len(data) != end - start:
         raise IntegrityError(f"{uri} ends at byte {start + len(data)}, expected at least {end}: the object was cut")
     return data

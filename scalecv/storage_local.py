@@ -40,6 +40,12 @@ def get_range(path: str, start: int, end: int) -> bytes:
         return os.pread(file.fileno(), end - start, start)
 
 
+def read_into(path: str, start: int, memory: memoryview) -> int:
+    """Fill memory with the bytes of a file from `start` on; how many there were."""
+    with open(path, "rb", buffering=0) as file:
+        return os.preadv(file.fileno(), [memory], start)
+
+
 def put(path: str, data: bytes | memoryview) -> None:
     """Write a file over what was there."""
     with _written(path, data) as part:

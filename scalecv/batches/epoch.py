@@ -182,7 +182,8 @@ class Columns:
         self.is_stand_in = is_stand_in
         """Whether these rows only fill the places of a row group that cannot be read."""
         self.where = f"{dataset.uri}/{group[0].path}, row group {group[1]}"
-        flat = {name: table.column(name).combine_chunks() for name in table.column_names}
+        chunks = {name: table.column(name) for name in table.column_names}
+        flat = {name: c.chunk(0) if c.num_chunks == 1 else c.combine_chunks() for name, c in chunks.items()}
         self.ids = flat["id"]
         self.images, self.paths = flat["image"].field("bytes"), flat["image"].field("path")
         self.masks = flat["mask"].field("bytes") if "mask" in flat and flat["mask"].null_count < len(table) else None

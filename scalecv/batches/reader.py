@@ -6,6 +6,7 @@ How far to read ahead follows Little's law: what is under way = the rate at whic
 request takes. Row groups that lie next to each other in a shard and are wanted close together share a request.
 """
 
+import os
 import threading
 import time
 from collections import deque
@@ -14,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import pyarrow.parquet  # noqa: F401 - with the feed, not while its first batch is waited for
 
 from scalecv import storage
@@ -77,7 +79,8 @@ class Pace:
 
 def threads_reader(dataset: Dataset, groups: Groups, wanted: Iterator[int]) -> Iterator[Any]:
     """Row groups read by threads of this process; `wanted` is walked only as far as is read ahead."""
-    threads = IN_FLIGHT_LOCAL if storage.is_local(dataset.uri) else IN_FLIGHT
+    is_local = storage.is_local(dataset.uri)
+    threads = min(IN_FLIGHT_LOCAL, 2 * (os.cpu_count() or 1)) if is_local else IN_FLIGHT
     queue: deque[_Wanted] = deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
         ahead = _Ahead(dataset, groups, wanted, queue, pool)
@@ -180,7 +183,7 @@ class _Ahead:
         pieces = [row_groups.row_group(shard, index) for index in indexes]
         tables: list[Any] = []
         try:
-            fetched = row_groups.fetch(path, pieces, dataset.cache, dataset.reads)
+            fetched = row_groups.fetch(path, pieces, dataset.cache, dataset.reads, _own_memory())
             footer = row_groups.footers(path, shard, dataset.cache, dataset.reads)
         except IntegrityError:
             return [_read_alone(dataset, shard, index) for index in indexes]
@@ -191,6 +194,17 @@ class _Ahead:
                 tables.append(_read_alone(dataset, shard, index))
         self.pace.answered(time.perf_counter() - began)
         return tables
+
+
+_THREAD = threading.local()
+
+
+def _own_memory() -> memoryview:
+    """Memory of this thread for what it reads: until its tables are decoded, which copies. New pages cost more than that."""
+    kept: memoryview | None = getattr(_THREAD, "memory", None)
+    if kept is None:
+        kept = _THREAD.memory = memoryview(np.empty(JOINED_BYTES, np.uint8))
+    return kept
 
 
 def read_or_error(dataset: Dataset, groups: Groups, group: int) -> Any:

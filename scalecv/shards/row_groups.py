@@ -75,15 +75,20 @@ def row_group(shard: Shard, index: int) -> Piece:
 
 
 def fetch(
-    path: str, pieces: Sequence[Piece], cache: NodeCache | None = None, reads: Reads | None = None
+    path: str,
+    pieces: Sequence[Piece],
+    cache: NodeCache | None = None,
+    reads: Reads | None = None,
+    memory: memoryview | None = None,
 ) -> list[memoryview | None]:
     """The bytes of some pieces of one shard, ascending; None in the place of one that has not its SHA-256.
 
-    What the cache lacks is fetched: pieces that touch each other with one request.
+    What the cache lacks is fetched: pieces that touch each other with one request. Pieces that touch and lie in a local
+    file may be read into `memory`, if there is no cache.
     Raises: IntegrityError: the shard is gone, or too short.
     """
     if cache is None:
-        return _from_storage(path, pieces, reads or Reads())
+        return _from_storage(path, pieces, reads or Reads(), memory)
     reads, found = reads or Reads(), dict.fromkeys(pieces, None) | _from_cache(pieces, cache)
     with ExitStack() as held:
         # Always ascending: two processes that want the same pieces never wait for each other.
@@ -110,7 +115,9 @@ def _from_cache(pieces: Sequence[Piece], cache: NodeCache) -> dict[Piece, memory
     return found
 
 
-def _from_storage(path: str, pieces: Sequence[Piece], reads: Reads) -> list[memoryview | None]:
+def _from_storage(
+    path: str, pieces: Sequence[Piece], reads: Reads, memory: memoryview | None = None
+) -> list[memoryview | None]:
     found: list[memoryview | None] = []
     first = 0
     while first < len(pieces):
@@ -118,7 +125,7 @@ def _from_storage(path: str, pieces: Sequence[Piece], reads: Reads) -> list[memo
         while end < len(pieces) and pieces[end].start == pieces[end - 1].end:
             end += 1
         start = pieces[first].start
-        data = _get(path, start, pieces[end - 1].end, reads)
+        data = _get(path, start, pieces[end - 1].end, reads, memory if end - first == len(pieces) else None)
         for piece in pieces[first:end]:
             part = data[piece.start - start : piece.end - start]
             found.append(part if _is_whole(piece, part) else None)
@@ -130,12 +137,12 @@ def _is_whole(piece: Piece, data: memoryview) -> bool:
     return not piece.sha256 or hashlib.sha256(data).hexdigest() == piece.sha256
 
 
-def _get(path: str, start: int, end: int, reads: Reads) -> memoryview:
+def _get(path: str, start: int, end: int, reads: Reads, memory: memoryview | None = None) -> memoryview:
     """One range, or several at the same time where it is long: a single connection is slower than the network."""
 
     def get(first: int, last: int) -> memoryview:
         began = time.perf_counter()
-        data = storage.get_range(path, first, last)
+        data = storage.get_range(path, first, last, memory)
         reads.add(gets=1, get_bytes=last - first, get_s=time.perf_counter() - began)
         return data
 
