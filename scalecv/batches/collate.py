@@ -8,11 +8,11 @@ import math
 import threading
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -147,8 +147,7 @@ def _classes(values: np.ndarray, how: Pixels) -> np.ndarray:
     return out
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One encoded row on its way into a batch."""
 
     id: str
@@ -232,24 +231,29 @@ def _cropped(rows: list[Row], how: Pixels, chances: Mapping[int, np.ndarray | No
     Args:
         chances: draws of each row, or None.
     """
-    native = crops.load() if _is_plain(how) else None
-    if native is None or not how.size_px:
+    native, side = crops.load() if _is_plain(how) else None, how.size_px
+    if native is None or not side:
         return set()
     jobs: dict[int, crops.Job] = {}
+    most = 0
     for at, u in chances.items():
-        row, place = rows[at], memory.at(at)
+        row = rows[at]
         known = jpeg.header(row.image) if row.mask is None and row.nodata is None else None
-        if known is not None and known.channels == 3 and known.height_at and place is not None:
-            jobs[at] = (row.image, known, *_box_and_flips(known, how, u), place)
-    jobs = {at: job for at, job in jobs.items() if native.room(job[1], job[2], how.size_px) <= LARGEST_KEPT}
+        if known is None or known.channels != 3 or not known.height_at:
+            continue
+        box, flips = _box_and_flips(known, how, u)
+        room = native.room(known, box, side)
+        if room <= LARGEST_KEPT:
+            jobs[at], most = (row.image, box, flips, memory.address(at)), max(most, room)
     if not jobs:
         return set()
-    most = max(native.room(known, box, how.size_px) for _, known, box, _, _ in jobs.values())
-    whole = native([*jobs.values()], _own_memory(most))
+    whole = native([*jobs.values()], side, _own_memory(most))
     done = {at for at, is_done in zip(jobs, whole.tolist(), strict=True) if is_done}
     rest = how.augment.model_copy(update={"resized_crop": None, "hflip": 0.0, "vflip": 0.0})
-    for at in done:
-        memory.put(at, _augmented(jobs[at][4], rest, how, chances[at]))
+    memory.filled(done)
+    if rest != _NOTHING:
+        for at in done:
+            memory.put(at, _augmented(memory.at(at), rest, how, chances[at]))
     return done
 
 
@@ -272,9 +276,9 @@ def _box_and_flips(known: jpeg.Header, how: Pixels, u: np.ndarray | None) -> tup
     return box, 0 if u is None else int(u[4] < how.augment.hflip) + 2 * int(u[5] < how.augment.vflip)
 
 
-def _augmented(image: torch.Tensor, rest: Augment, how: Pixels, u: np.ndarray | None) -> torch.Tensor:
-    if u is None or rest == _NOTHING:
-        return image
+def _augmented(image: Any, rest: Augment, how: Pixels, u: np.ndarray | None) -> torch.Tensor:
+    if u is None:
+        return image  # type: ignore[no-any-return]  # a tensor
     return transforms.recolour(transforms.move(image, None, rest, u, None)[0], rest, u, how.mean, how.std)
 
 
@@ -288,13 +292,27 @@ class _Memory:
         self._rows, self._lock, self._blocks = rows, threading.Lock(), blocks
         self._dtype = np.dtype(how.dtype)
         self._pixels: torch.Tensor | None = None
+        self._address = self._row_bytes = 0
         self._shapes: set[tuple[int, ...]] = set()
         if how.size_px:
             self._allocate((how.size_px, how.size_px, how.channels))
 
     def _allocate(self, shape: tuple[int, ...]) -> torch.Tensor:
         self._pixels = self._blocks.tensor((self._rows, *shape), self._dtype)
+        self._address = self._pixels.data_ptr()
+        self._row_bytes = math.prod(shape) * self._dtype.itemsize
         return self._pixels
+
+    def address(self, row: int) -> int:
+        """Where a row's pixels belong, once their size is known."""
+        return self._address + row * self._row_bytes
+
+    def filled(self, rows: Collection[int]) -> None:
+        """Hear that rows were written where they belong."""
+        if rows and self._pixels is not None:
+            height, width, channels = self._pixels.shape[1:]
+            with self._lock:
+                self._shapes.add((channels, height, width))
 
     def at(self, row: int) -> torch.Tensor | None:
         """Where a row's pixels belong, [C, H, W]; None while the size is not known."""

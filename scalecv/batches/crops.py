@@ -29,9 +29,9 @@ from scalecv.shards import jpeg
 SWITCH = "SCALECV_NATIVE"
 SOURCE = Path(__file__).with_name("crops.c")
 COMPILE_S = 120.0
-Job = tuple[bytes, jpeg.Header, transforms.Box, int, torch.Tensor]
-"""An encoded picture, its header, the box to take, flips (1: left-right, 2: up-down), and where it goes: uint8
-[3, S, S], height, width, channel in memory."""
+Job = tuple[bytes, transforms.Box, int, int]
+"""An encoded picture, the box to take, flips (1: left-right, 2: up-down), and the address where it goes: height, width,
+channel in memory."""
 _log = logging.getLogger("scalecv.crops")
 
 
@@ -51,18 +51,18 @@ class Crops:
         """Bytes of memory that one picture takes."""
         return int(self._room(known.width, box[2], box[3], side))
 
-    def __call__(self, jobs: Sequence[Job], memory: np.ndarray) -> np.ndarray:
+    def __call__(self, jobs: Sequence[Job], side: int, memory: np.ndarray) -> np.ndarray:
         """Decode, cut, resize and flip pictures into their places; bool [N], False where one was left alone.
 
         Args:
-            jobs: pictures of one size to be.
+            jobs: pictures.
+            side: of each of them as it is to be.
             memory: uint8, of this thread, with room for each of them.
         """
-        side = jobs[0][4].shape[-1]
         data = (ctypes.c_char_p * len(jobs))(*[job[0] for job in jobs])
         sizes = np.array([len(job[0]) for job in jobs], np.uintp)
-        boxes = np.array([(*job[2], job[3]) for job in jobs], np.int32)
-        places = np.array([job[4].data_ptr() for job in jobs], np.uintp)
+        boxes = np.array([(*job[1], job[2]) for job in jobs], np.int32)
+        places = np.array([job[3] for job in jobs], np.uintp)
         left = np.empty(len(jobs), np.uint8)
         self._crop(
             len(jobs), ctypes.addressof(data), sizes.ctypes.data, boxes.ctypes.data, side, places.ctypes.data,
@@ -152,7 +152,7 @@ def _is_exact(made: Crops) -> bool:
         data = simplejpeg.encode_jpeg(noise, quality=85, colorsubsampling=sampling)
         known: Any = jpeg.header(data)
         out = torch.empty((32, 32, 3), dtype=torch.uint8).permute(2, 0, 1)
-        done = made([(data, known, box, 1, out)], np.empty(made.room(known, box, 32), np.uint8))
+        done = made([(data, box, 1, out.data_ptr())], 32, np.empty(made.room(known, box, 32), np.uint8))
         whole = torch.from_numpy(jpeg.decode(data, known)).permute(2, 0, 1)
         cut = whole[:, box[0] : box[0] + box[2], box[1] : box[1] + box[3]]
         if not done[0] or not torch.equal(out, transforms.scaled(cut, 32).flip(-1)):

@@ -82,6 +82,7 @@ class Decoders:
         self.given_away = 0
         """Batches that tasks decoded."""
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        self._pool.submit(crops.load)  # while the first row groups are read
         self._here, self._away = 0, 0
         self._since, self._waited, self._seen = time.perf_counter(), 0.0, 0
         if mode == "cluster" and not shared.is_asked:

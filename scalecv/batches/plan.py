@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
+from numpy.random import Philox
 
 from scalecv.batches.strata import Line, Strata
 
@@ -191,7 +192,7 @@ class Plan:
 def raw_bits(key: str, size: int) -> np.ndarray:
     """uint64 [size], raw bits of Philox that depend on the key alone; no release of numpy changes them."""
     digest = hashlib.sha256(key.encode()).digest()
-    return np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(size)
+    return Philox(key=int.from_bytes(digest[:16], "little")).random_raw(size)
 
 
 def order_key(fingerprint: str, split: str, seed: int, epoch: int) -> str:

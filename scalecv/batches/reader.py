@@ -200,10 +200,10 @@ _THREAD = threading.local()
 
 
 def _own_memory() -> memoryview:
-    """Memory of this thread for what it reads: until its tables are decoded, which copies. New pages cost more than that."""
+    """Memory of this thread for what it reads, until its tables are decoded, which copies: new pages cost more."""
     kept: memoryview | None = getattr(_THREAD, "memory", None)
     if kept is None:
-        kept = _THREAD.memory = memoryview(np.empty(JOINED_BYTES, np.uint8))
+        kept = _THREAD.memory = np.empty(JOINED_BYTES, np.uint8).data
     return kept
 
 

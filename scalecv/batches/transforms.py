@@ -17,6 +17,7 @@ from scalecv.config import Augment
 from scalecv.schema import IGNORE
 
 DRAWS = 24
+_ELEVEN = np.uint64(11)
 Box = tuple[int, int, int, int]
 """Top, left, height and width in pixels."""
 
@@ -24,8 +25,9 @@ Box = tuple[int, int, int, int]
 def draws(seed: int, epoch: int, row_id: str, again: int = 0) -> np.ndarray:
     """float64 [DRAWS] in [0, 1), from SHA-512 of (seed, epoch, id, how often the row was drawn before in the epoch)."""
     key = f"{seed}|{epoch}|{row_id}{f'|again {again}' if again else ''}".encode()
-    raw = b"".join(hashlib.sha512(key + tail).digest() for tail in (b"|0", b"|1", b"|2"))
-    return (np.frombuffer(raw, "<u8") >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    sha512 = hashlib.sha512
+    raw = sha512(key + b"|0").digest() + sha512(key + b"|1").digest() + sha512(key + b"|2").digest()
+    return (np.frombuffer(raw, "<u8") >> _ELEVEN) * 2.0**-53
 
 
 def resize(
@@ -146,11 +148,17 @@ def recolour(
 
 def crop_box(height: int, width: int, share: tuple[float, float], u: np.ndarray) -> Box:
     """A box of a random share of the area and a ratio of 3:4 to 4:3, cut down to the image where it does not fit."""
-    area = height * width * (share[0] + (share[1] - share[0]) * u[0])
-    ratio = float(np.exp(np.log(3 / 4) + (np.log(4 / 3) - np.log(3 / 4)) * u[1]))
+    scale, shape, down, right = u[:4].tolist()  # plain numbers: a third of the time
+    area = height * width * (share[0] + (share[1] - share[0]) * scale)
+    ratio = float(np.exp(_NARROW + _WIDER * shape))
     w = min(width, max(1, round((area * ratio) ** 0.5)))
     h = min(height, max(1, round((area / ratio) ** 0.5)))
-    return int(u[2] * (height - h + 1)), int(u[3] * (width - w + 1)), h, w
+    return int(down * (height - h + 1)), int(right * (width - w + 1)), h, w
+
+
+_NARROW = float(np.log(3 / 4))
+_WIDER = float(np.log(4 / 3) - np.log(3 / 4))
+"""Logarithm of the narrowest ratio of a crop, and from there to that of the widest."""
 
 
 def _pad_crop(

@@ -6,8 +6,7 @@ height in the header of a copy is set to the rows that are needed, and libjpeg-t
 """
 
 import struct
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +23,7 @@ _BARE = frozenset(range(0xD0, 0xD9)) | {0x01}
 """Markers without a length."""
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(NamedTuple):
     """What is needed to decode a JPEG."""
 
     height: int

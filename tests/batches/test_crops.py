@@ -41,7 +41,7 @@ def compare(made, seed, most=300):
     box = (int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1)), h, w)
     side, flips = int(rng.choice([1, 8, 37, 64, 224])), int(rng.integers(0, 4))
     out = torch.full((side, side, 3), 99, dtype=torch.uint8).permute(2, 0, 1)
-    done = made([(data, known, box, flips, out)], np.empty(made.room(known, box, side), np.uint8))
+    done = made([(data, box, flips, out.data_ptr())], side, np.empty(made.room(known, box, side), np.uint8))
     whole = torch.from_numpy(jpeg.decode(data, known)).permute(2, 0, 1)
     expected = transforms.scaled(whole[:, box[0] : box[0] + h, box[1] : box[1] + w], side)
     expected = expected.flip(-1) if flips & 1 else expected
@@ -80,7 +80,7 @@ def test_the_same_without_vector_instructions(tmp_path):
 def test_a_batch_is_the_same_by_the_wheels(anew, augment, resize):
     how = dataclasses.replace(pixels(**augment), resize=resize)
     some = rows(kinds=("JPEG", "PNG", "JPEG"))
-    some[3] = dataclasses.replace(some[3], image=encoded(picture(40, 40).convert("L"), "JPEG"))  # grey
+    some[3] = some[3]._replace(image=encoded(picture(40, 40).convert("L"), "JPEG"))  # grey
     native = batch(how, some)[0]["image"]
     anew.setenv(crops.SWITCH, "0")
     crops.load.cache_clear()
@@ -92,7 +92,7 @@ def test_a_batch_is_the_same_by_the_wheels(anew, augment, resize):
 def test_damaged_bytes_are_told_and_never_more():
     how, some = pixels(resized_crop=(0.1, 1.0)), rows(kinds=("JPEG",))
     good = batch(how, some)[0]["image"]
-    cut = [*some[:5], dataclasses.replace(some[5], image=some[5].image[:200]), *some[6:]]
+    cut = [*some[:5], some[5]._replace(image=some[5].image[:200]), *some[6:]]
     with pytest.raises(IntegrityError, match=r"row 5: .*readable at ingest"):
         batch(how, cut)
     rng = np.random.default_rng(0)
@@ -105,18 +105,19 @@ def test_damaged_bytes_are_told_and_never_more():
             continue
         box = (0, 0, known.height, known.width)
         out = torch.empty((24, 24, 3), dtype=torch.uint8).permute(2, 0, 1)
-        crops.load()([(bytes(data), known, box, 0, out)], np.empty(crops.load().room(known, box, 24), np.uint8))
+        memory = np.empty(crops.load().room(known, box, 24), np.uint8)
+        crops.load()([(bytes(data), box, 0, out.data_ptr())], 24, memory)
     assert torch.equal(batch(how, some)[0]["image"], good)
 
 
 @needs_native
 def test_no_more_than_the_given_memory_is_written():
     data = encoded(picture(200, 300), "JPEG")
-    known, box = jpeg.header(data), (0, 0, 200, 300)
+    box = (0, 0, 200, 300)
     out = torch.zeros((64, 64, 3), dtype=torch.uint8).permute(2, 0, 1)
-    assert not crops.load()([(data, known, box, 0, out)], np.empty(1000, np.uint8))[0]
+    assert not crops.load()([(data, box, 0, out.data_ptr())], 64, np.empty(1000, np.uint8))[0]
     beyond = (100, 100, 150, 150)
-    assert not crops.load()([(data, known, beyond, 0, out)], np.empty(1 << 20, np.uint8))[0]
+    assert not crops.load()([(data, beyond, 0, out.data_ptr())], 64, np.empty(1 << 20, np.uint8))[0]
     assert not out.any()
 
 

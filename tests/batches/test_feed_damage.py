@@ -119,7 +119,7 @@ def test_one_bad_read_is_only_read_again(dataset, monkeypatch):
     damage(dataset)
     good, calls = store.storage.get_range, []
 
-    def once_bad(uri, start, end):
+    def once_bad(uri, start, end, memory=None):
         data = good(uri, start, end)
         calls.append(start)
         if calls.count(start) > 1:

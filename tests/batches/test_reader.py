@@ -105,6 +105,17 @@ def test_the_order_is_walked_no_further_than_is_read_ahead(local, monkeypatch):
     tables.close()
 
 
+def test_tables_do_not_lie_in_the_memory_that_is_read_into(local):
+    dataset, tables = local
+    shard, number = groups_of(dataset)[0]
+    path, own = storage.join(dataset.uri, shard.path), memoryview(bytearray(1 << 20))
+    (data,) = row_groups.fetch(path, [row_groups.row_group(shard, number)], memory=own)
+    assert data is not None and data.obj is own.obj
+    table = row_groups.decode(path, shard, number, data, row_groups.footers(path, shard))
+    own[:] = bytes(len(own))
+    assert table.equals(tables[0])
+
+
 def test_one_row_group_larger_than_all_bounds_is_read(local, monkeypatch):
     for name in ("START_BYTES", "LEAST_BYTES", "MOST_BYTES", "LOOK_BYTES"):
         monkeypatch.setattr(reader, name, 1)
