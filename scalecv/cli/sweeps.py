@@ -33,5 +33,5 @@ def tune(
     if swept.best is not None:
         display.line(f"best      trial {swept.best.number}: {told(swept.best.overrides)}")
         display.line(f"bundle    {swept.best.bundle}")
-    display.line(f"verdict   {swept.verdict}")
+    display.line(f"verdict   {swept.verdict.sentence}")
     display.line(f"MLflow    run {swept.run_id or '(not reached)'} in {swept.tracking_uri}: scalecv ui")

@@ -1,5 +1,6 @@
 """What `scalecv tune` looks for: keys of the experiment with the values they may take, and what it may cost."""
 
+import builtins
 import re
 from typing import Literal
 
@@ -19,7 +20,7 @@ class Spec(Frozen):
     """A number between these two."""
     loguniform: tuple[float, float] | None = None
     """A number between these two, its logarithm uniform."""
-    int: tuple[int, int] | None = None
+    int: tuple[builtins.int, builtins.int] | None = None
     """A whole number from the first to the second."""
     simplex: tuple[str, ...] | None = Field(None, min_length=2)
     """For `loss`: terms whose weights are drawn so that they add up to 1."""
@@ -46,21 +47,34 @@ class Search(Frozen):
     space: dict[str, Spec] = {}
     """Dotted keys of the experiment, or `loss` with a simplex, and the values that each may take."""
     trials: int = Field(16, ge=1, le=100_000)
-    """Most trials that are begun."""
+    """Most trials that are begun; with pbt, the population."""
     budget: str | None = None
-    """Device-seconds of all trials together, as 4h, 90m or 600s, after which no stretch of a trial begins; those under
-    way go to their rung. Empty: as long as the trials take."""
+    """Device-seconds of the whole sweep with its race, as 4h, 90m or 600s. Empty: as long as the trials take."""
     metric: str | None = None
     """What decides, as val/iou; empty takes train.metric, or the task's headline on val. Never a loss. Trials
     keep their best weights by it."""
-    scheduler: Literal["promote", "none"] = "promote"
-    """promote: trials pause at rungs, and the best of each rung go on (successive halving); none: each to its end."""
-    rung_epochs: int = Field(1, ge=1)
-    """Epochs to the first rung."""
+    cost: Literal["latency_ms", "parameters", "flops"] | None = None
+    """A second objective, less is better: the trials that are best for their cost go on, not those that are best."""
+    searcher: Literal["random", "optuna", "grid"] = "random"
+    """Where values come from. random: each trial alone; optuna: from what earlier trials reached (TPE); grid: every
+    combination of choices, one after the other."""
+    scheduler: Literal["asha", "hyperband", "median", "pbt", "none"] = "asha"
+    """Which trials go on from a rung. asha: the best of each (successive halving); hyperband: the same in brackets that
+    begin at later rungs; median: those above the median of the rung; pbt: all, the worst quarter with weights and
+    changed values of the best; none: trials do not pause."""
+    rung: str | None = None
+    """The first rung, as 30s of device-seconds or 2epochs. Empty: with a budget, the device-seconds that leave each
+    rung an equal share; without one, 1epochs."""
     eta: int = Field(3, ge=2)
-    """One of so many trials of a rung goes on; the next rung is so many times as far."""
+    """asha and hyperband: one of so many trials of a rung goes on; the next rung is so many times as far."""
+    min_gain: float = Field(0.0, ge=0)
+    """No trial begins once twice as many are expected to gain less than this in the metric; 0 begins all."""
     concurrent: int | None = Field(None, ge=1)
     """Most trials at a time; empty: as many as the cluster has room for."""
+    finalists: int = Field(3, ge=0)
+    """Best trials that are trained again, beside the experiment as written, on the same new seeds; 0: no race."""
+    seeds: int = Field(5, ge=3)
+    """Most seeds of the race; it begins with 3, and ends as soon as more could change nothing."""
 
     @field_validator("budget", mode="before")
     @classmethod
@@ -69,10 +83,27 @@ class Search(Frozen):
             raise ValueError(f"'{v}' is not a time: write 600s, 90m, 4h or 2d")
         return v
 
+    @field_validator("rung")
+    @classmethod
+    def _rung(cls, v: str | None) -> str | None:
+        if v is not None and not re.fullmatch(r"(?!0+(\.0+)?[a-z])\d+((\.\d+)?[smhd]|epochs)", v):
+            raise ValueError(f"'{v}' is no rung: write 30s, 5m or 2epochs")
+        return v
+
+    @property
+    def rung_s(self) -> float | None:
+        """The first rung in device-seconds; None where it is in epochs, or not said."""
+        return None if self.rung is None or self.rung.endswith("epochs") else _seconds(self.rung)
+
+    @property
+    def rung_epochs(self) -> int | None:
+        """The first rung in epochs; None where it is in seconds, or not said."""
+        return int(self.rung.removesuffix("epochs")) if self.rung and self.rung.endswith("epochs") else None
+
     @property
     def budget_s(self) -> float | None:
         """The budget in device-seconds."""
-        return None if self.budget is None else float(self.budget[:-1]) * UNITS_S[self.budget[-1]]
+        return None if self.budget is None else _seconds(self.budget)
 
     @field_validator("metric")
     @classmethod
@@ -83,7 +114,13 @@ class Search(Frozen):
 
     @model_validator(mode="after")
     def _fits(self) -> "Search":
+        if self.cost and self.scheduler == "pbt":
+            raise ValueError("cost and pbt do not go together: pbt changes values that cost nothing")
+        if self.searcher == "optuna" and self.scheduler == "pbt":
+            raise ValueError("optuna and pbt do not go together: pbt itself says which values follow")
         for key, spec in self.space.items():
+            if self.searcher == "grid" and spec.choice is None:
+                raise ValueError(f"space.{key}: a grid is made of choices alone; give its values as choice")
             if spec.simplex is not None and key != "loss":
                 raise ValueError(f"space.{key}: simplex is for loss, whose terms it weighs")
             if key.split(".")[0] in ("name", "task", "track", "scale", "search", "cache", "question"):
@@ -93,3 +130,7 @@ class Search(Frozen):
                 if other not in before:
                     raise ValueError(f"space.{key}: when names {other}, which must stand in the space before {key}")
         return self
+
+
+def _seconds(time: str) -> float:
+    return float(time[:-1]) * UNITS_S[time[-1]]

@@ -1,8 +1,9 @@
 """What a sweep knows, on storage: one small object for each trial, written whole whenever it changes.
 
-    STORAGE/NAME/sweep.json           key of the sweep and the hash of what it searches
+    STORAGE/NAME/sweep.json           key of the sweep, the hash of what it searches, its first rung
     STORAGE/NAME/trials/0007.json     record of a trial
-    STORAGE/NAME/runs/NAME-0007/      its run: checkpoints, bundle, spool
+    STORAGE/NAME/race/0002.json       record of a training of the race
+    STORAGE/NAME/runs/NAME-0007/      run of a trial: checkpoints, bundle, spool
 A segment that was under way when its driver died is run again from its run's checkpoint; its seconds until then are
 in no record.
 """
@@ -18,6 +19,7 @@ from typing import Any
 from scalecv import redact, storage
 from scalecv.config import Experiment
 from scalecv.errors import ConfigError, DataError
+from scalecv.search.schedule import first_rung
 from scalecv.search.trials import Point, Trial
 
 READS = 16
@@ -36,9 +38,10 @@ class Ledger:
         told = _read(storage.join(home, "sweep.json"))
         identity = _identity(experiment)
         if told is None:
-            told = {"key": uuid.uuid4().hex, "identity": identity}
+            rung, in_seconds = first_rung(experiment.search)
+            told = {"key": uuid.uuid4().hex, "identity": identity, "rung": rung, "in_seconds": in_seconds}
             storage.put(storage.join(home, "sweep.json"), json.dumps(told).encode())
-        if not {"key", "identity"} <= told.keys():
+        if not {"key", "identity", "rung", "in_seconds"} <= told.keys():
             raise DataError(f"{storage.join(home, 'sweep.json')} is no record of a sweep: {INSTEAD}")
         if told["identity"] != identity:
             raise ConfigError(
@@ -46,40 +49,47 @@ class Ledger:
                 "this one another name (more search.trials or search.budget go on with the same)"
             )
         self.key: str = told["key"]
-        found = [
-            name for name in storage.list_names(storage.join(home, "trials")) if re.fullmatch(r"\d{4,}\.json", name)
-        ]
-        with ThreadPoolExecutor(READS) as pool:
-            self.trials = list(pool.map(self._trial, range(len(found))))
+        self.rung: tuple[float, bool] = told["rung"], told["in_seconds"]
+        """The first rung, and whether it is in device-seconds; a larger budget does not move it."""
+        self.trials = self._all("trials")
+        self.race = self._all("race")
 
     def keep(self, trial: Trial) -> None:
-        """Write a record, and have it in the list."""
-        storage.put(self._place(trial.number), json.dumps(redact.clean_tree(asdict(trial)), indent=1).encode())
-        self.trials[trial.number : trial.number + 1] = [trial]
+        """Write a record, and have it in its list."""
+        folder, records = ("trials", self.trials) if trial.entrant is None else ("race", self.race)
+        data = json.dumps(redact.clean_tree(asdict(trial)), indent=1).encode()
+        storage.put(self._place(folder, trial.number), data)
+        records[trial.number : trial.number + 1] = [trial]
 
     def wake(self) -> None:
         """Segments that a killed driver left under way are to be run on."""
-        for trial in self.trials:
+        for trial in [*self.trials, *self.race]:
             if trial.status == "running":
                 self.keep(replace(trial, status="waiting"))
 
-    def _trial(self, number: int) -> Trial:
-        where = self._place(number)
+    def _all(self, folder: str) -> list[Trial]:
+        names = storage.list_names(storage.join(self.home, folder))
+        found = [name for name in names if re.fullmatch(r"\d{4,}\.json", name)]
+        with ThreadPoolExecutor(READS) as pool:
+            return list(pool.map(lambda number: self._trial(folder, number), range(len(found))))
+
+    def _trial(self, folder: str, number: int) -> Trial:
+        where = self._place(folder, number)
         record = _read(where)
         if record is None:
-            raise DataError(f"{where} is missing, later trials are there: {INSTEAD}")
+            raise DataError(f"{where} is missing, later ones are there: {INSTEAD}")
         try:
             return Trial(**record | {"points": tuple(Point(**point) for point in record["points"])})
         except (KeyError, TypeError) as error:
             raise DataError(f"{where} is no record of a trial ({error}): {INSTEAD}") from None
 
-    def _place(self, number: int) -> str:
-        return storage.join(self.home, "trials", f"{number:04d}.json")
+    def _place(self, folder: str, number: int) -> str:
+        return storage.join(self.home, folder, f"{number:04d}.json")
 
 
 def _identity(experiment: Experiment) -> str:
     space = {key: spec.model_dump(mode="json") for key, spec in experiment.search.space.items()}
-    how = experiment.search.model_dump(mode="json", include={"metric", "scheduler", "rung_epochs", "eta"})
+    how = experiment.search.model_dump(mode="json", include={"metric", "cost", "scheduler", "rung", "eta"})
     tree = [experiment.identity(), experiment.train.epochs, space, how]
     return hashlib.sha256(json.dumps(tree, sort_keys=False).encode()).hexdigest()
 

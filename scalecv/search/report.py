@@ -1,11 +1,30 @@
-"""How a sweep stands: as a record, as a table, as JSON."""
+"""How a sweep stands: as a verdict, as a table, as JSON."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from scalecv.config.search import Search
+from scalecv.search.race import Pair, Standing
+from scalecv.search.schedule import Plan
 from scalecv.search.space import told
-from scalecv.search.trials import Trial
+from scalecv.search.trials import AS_WRITTEN, Trial
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the figures allow to say."""
+
+    sentence: str
+    winner: int | None = None
+    """Trial that is better than the experiment as written, AS_WRITTEN if that is better than each trial; None:
+    neither was found."""
+    pairs: tuple[Pair, ...] = ()
+    """Differences from the best of the race."""
+    means: dict[int, float] | None = None
+    """Mean objective of each entrant of the race."""
+    order: tuple[int, ...] = ()
+    seeds: int = 0
 
 
 @dataclass(frozen=True)
@@ -16,11 +35,69 @@ class Swept:
     name: str
     metric: str
     trials: tuple[Trial, ...]
+    race: tuple[Trial, ...]
     best: Trial | None
-    verdict: str
-    """What the figures allow to say."""
+    verdict: Verdict
+    device_s: float
+    """Device-seconds of all trials and of the race."""
     run_id: str | None
     tracking_uri: str
+
+
+def verdict(race: Standing, metric: str, best: Trial | None, search: Search) -> Verdict:
+    """The verdict of a race that is over."""
+    if not search.finalists:
+        return Verdict("not raced: search.finalists=0, each trial had one seed")
+    if not race.order:
+        return Verdict("not raced: search.budget had no room for it" if best else "no trial was trained to its end")
+    first = race.order[0]
+    told = Verdict("", None, race.pairs, dict(race.means), race.order, race.seeds)
+    if len(race.order) < 2 or not race.pairs:
+        return replace(told, sentence=f"not raced: all but {entrant_name(first)} failed")
+    against = next((pair for pair in race.pairs if AS_WRITTEN in (pair.better, pair.other)), race.pairs[0])
+    better, other = entrant_name(against.better), entrant_name(against.other)
+    tied = [entrant_name(one) for one in race.tied[1:]]
+    how = f"{metric}, 95 % {against.low:.4f} to {against.high:.4f}, {against.seeds} paired seeds"
+    if against.is_told_apart:
+        beside = f"; no difference found from {', '.join(tied)}" if tied else ""
+        said = f"{better} is better than {other} by {against.effect:.4f} ({how}){beside}"
+        return replace(told, sentence=said, winner=against.better)
+    over = [entrant_name(pair.other) for pair in race.pairs if pair.is_told_apart]
+    beside = f"; better than {', '.join(over)}" if over else ""
+    said = (
+        f"no difference found between {better} and {other}: {better} is ahead by {against.effect:.4f} ({how}){beside}"
+    )
+    return replace(told, sentence=said)
+
+
+def best_trial(found: Verdict, trials: Sequence[Trial], race: Sequence[Trial], plan: Plan) -> Trial | None:
+    """The trial to use: the first of the race, or of the search where there was none.
+
+    One that the search did not train to its end has the bundle of its best seed.
+    """
+    raced = [one for one in found.order if one != AS_WRITTEN]
+    ended = [one for one in trials if one.status == "finished"]
+    if not raced:
+        return max(ended, key=lambda one: (one.value(plan.sign), -one.number), default=None)
+    best = trials[raced[0]]
+    heats = [one for one in race if one.entrant == best.number and one.status == "finished"]
+    if best.status == "finished" or not heats:
+        return best
+    heat = max(heats, key=lambda one: one.value(plan.sign))
+    return replace(
+        best,
+        status="finished",
+        cause="",
+        bundle=heat.bundle,
+        weights_hash=heat.weights_hash,
+        run_id=heat.run_id,
+        metrics=heat.metrics,
+    )
+
+
+def entrant_name(entrant: int) -> str:
+    """An entrant of the race in words."""
+    return "the experiment as written" if entrant == AS_WRITTEN else f"trial {entrant}"
 
 
 def table(trials: Sequence[Trial], metric: str) -> str:
@@ -35,7 +112,14 @@ def table(trials: Sequence[Trial], metric: str) -> str:
 
 def as_json(swept: Swept) -> dict[str, Any]:
     """What `--json` prints."""
-    keys = ("number", "run_id", "status", "metrics", "overrides", "device_s", "cause", "weights_hash", "bundle")
-    trials = [{key: getattr(one, key) for key in keys} for one in swept.trials]
-    best = None if swept.best is None else trials[swept.best.number]
-    return {**asdict(swept), "trials": trials, "best": best}
+    keys = ("number", "run_id", "status", "metrics", "overrides", "device_s", "cost", "cause", "weights_hash", "bundle")
+
+    def plain(one: Trial, *more: str) -> dict[str, Any]:
+        return {key: getattr(one, key) for key in (*keys, *more)}
+
+    return {
+        **asdict(replace(swept, trials=(), race=())),
+        "trials": [plain(one) for one in swept.trials],
+        "race": [plain(one, "entrant", "seed") for one in swept.race],
+        "best": None if swept.best is None else plain(swept.best),
+    }

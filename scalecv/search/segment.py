@@ -5,21 +5,32 @@ from typing import Any
 
 from scalecv.config import Experiment
 from scalecv.errors import Interrupted, ScalecvError
+from scalecv.train.job import Pause, epoch_s
 
 
 def run_segment(
-    experiment: Experiment, metric: str, until: int | None, tags: dict[str, str], code_dirs: tuple[str, ...] = ()
+    experiment: Experiment,
+    metric: str,
+    until: Pause | None,
+    tags: dict[str, str],
+    code_dirs: tuple[str, ...] = (),
+    *,
+    parent: Experiment | None = None,
+    cost: str | None = None,
 ) -> dict[str, Any]:
     """Train on, and say how it ended: the fields of a `Trial` that changed, as plain values.
 
     Args:
         experiment: of the trial.
         metric: the objective.
-        until: epochs after which the run pauses; None trains to the end.
+        until: where the run pauses; None trains to the end.
         tags: of the trial's MLflow run.
         code_dirs: folders with the user's own networks.
+        parent: trial whose checkpoint this one begins with.
+        cost: name of a second objective that is to be measured.
     """
     from scalecv.train import checkpoint, runs
+    from scalecv.train.costs import cost_of
     from scalecv.train.run import train
 
     told: dict[str, Any] = {"status": "paused", "cause": "", "metrics": {}}
@@ -30,6 +41,8 @@ def run_segment(
 
     began = time.monotonic()
     try:
+        if parent is not None:
+            runs.begin_with(experiment, parent)
         result = train(experiment, code_dirs=code_dirs, tell=hear, until=until, tags=tags)
         told |= {"status": "finished", "bundle": result.bundle, "weights_hash": result.weights_hash}
         told |= {"run_id": result.run_id, "metrics": result.metrics}
@@ -40,12 +53,17 @@ def run_segment(
     except Exception as error:  # a bug in a trial's network is that trial's, and leaves the others running
         said = str(error).strip().splitlines() or [""]
         told |= {"status": "failed", "cause": f"{type(error).__name__}: {said[0]}"}
-    took = time.monotonic() - began
     # From the checkpoint and not from what was told: a driver that was killed has not heard all of it.
-    place = runs.newest(experiment)
+    place, devices = runs.newest(experiment), max(1, experiment.scale.workers)
     epochs = checkpoint.history(place) if place else []
-    if told["status"] == "paused" and (until is None or len(epochs) < until):
+    if told["status"] == "paused" and not (until and until.comes(epochs, devices)):
         told["status"] = "waiting"  # asked to stop on the way
+    if cost and epochs and told["status"] != "failed":
+        told["cost"] = cost_of(experiment, cost)
     told["metrics"] = {**(epochs[-1] if epochs else {}), **told["metrics"]}
-    points = [{"epoch": int(one["epoch"]), "value": one[metric]} for one in epochs if metric in one]
-    return {**told, "device_s": took * max(1, experiment.scale.workers), "points": points}
+    points, spent = list[dict[str, float]](), 0.0
+    for one in epochs:
+        spent += epoch_s(one) * devices
+        if metric in one:
+            points.append({"epoch": int(one["epoch"]), "value": one[metric], "device_s": spent})
+    return {**told, "device_s": (time.monotonic() - began) * devices, "points": points}

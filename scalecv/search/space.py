@@ -1,8 +1,8 @@
-"""From the space of an experiment to experiments: each trial's values depend on the seed and its number alone."""
+"""From the space of an experiment to experiments."""
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,18 +25,21 @@ class Drawn:
     """Why earlier draws of this trial could not be used, one line each."""
 
 
-def draw(base: Experiment, number: int, approve: Callable[[Experiment], object]) -> Drawn:
+def draw(
+    base: Experiment, number: int, approve: Callable[[Experiment], object], values: "Values | None" = None
+) -> Drawn:
     """The values of one trial.
 
     Args:
         base: the experiment with its space.
         number: of the trial.
         approve: raises a UserError where an experiment cannot run.
-    Raises: ConfigError: none of 100 draws gave an experiment that can run; the message has the last reason.
+        values: gives the values of the attempts, the first that can run is taken; None draws at random.
+    Raises: ConfigError: none of 100 attempts gave an experiment that can run; the message has the last reason.
     """
     left_out: list[str] = []
     for attempt in range(TRIES):
-        overrides = _values(base, number, attempt)
+        overrides = (values or at_random)(base, number, attempt)
         try:
             approve(resolve(base, overrides))
         except UserError as error:
@@ -54,18 +57,51 @@ def resolve(base: Experiment, overrides: dict[str, Scalar]) -> Experiment:
     return build(with_overrides(base.model_dump(mode="json", exclude={"search"}), overrides), "search.space")
 
 
+Values = Callable[[Experiment, int, int], dict[str, Scalar]]
+"""(experiment, trial number, attempt) -> values"""
+
+
+def grid(base: Experiment) -> Iterator[dict[str, Scalar]]:
+    """Every combination of the choices, the last key changing first; keys whose `when` does not hold are not set."""
+    keys = list(base.search.space)
+
+    def below(place: int, out: dict[str, Scalar]) -> Iterator[dict[str, Scalar]]:
+        if place == len(keys):
+            yield dict(out)
+            return
+        key = keys[place]
+        spec = base.search.space[key]
+        if not _is_set(spec, out):
+            yield from below(place + 1, out)
+            return
+        for value in spec.choice or ():
+            yield from below(place + 1, {**out, key: value})
+
+    return below(0, {})
+
+
+def generator(*what: object) -> np.random.Generator:
+    """Random numbers that depend on what is given alone."""
+    digest = hashlib.sha256("|".join(map(str, what)).encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:8], "little"))
+
+
 def told(overrides: dict[str, Scalar]) -> str:
     """Values of a trial in one line."""
     return " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in overrides.items())
 
 
-def _values(base: Experiment, number: int, attempt: int) -> dict[str, Scalar]:
+def at_random(base: Experiment, number: int, attempt: int) -> dict[str, Scalar]:
+    """Values that depend on seed, trial number and attempt alone."""
     out: dict[str, Scalar] = {}
     for key, spec in base.search.space.items():
-        if all(out.get(other) in allowed for other, allowed in spec.when.items()):
-            digest = hashlib.sha256(f"{base.seed}|{number}|{attempt}|{key}".encode()).digest()
-            out.update(_value(key, spec, np.random.default_rng(int.from_bytes(digest[:8], "little"))))
+        if _is_set(spec, out):
+            out.update(_value(key, spec, generator(base.seed, number, attempt, key)))
     return out
+
+
+def _is_set(spec: Spec, out: dict[str, Scalar]) -> bool:
+    return all(out.get(other) in allowed for other, allowed in spec.when.items())
 
 
 def _value(key: str, spec: Spec, rng: Any) -> dict[str, Scalar]:
@@ -75,8 +111,19 @@ def _value(key: str, spec: Spec, rng: Any) -> dict[str, Scalar]:
         return {key: int(rng.integers(spec.int[0], spec.int[1] + 1))}
     if spec.simplex is not None:
         shares = rng.dirichlet(np.ones(len(spec.simplex)))
-        return {f"{key}.{term}": float(f"{share:.6g}") for term, share in zip(spec.simplex, shares, strict=True)}
+        return mixture(key, spec.simplex, shares)
     low, high = spec.uniform or spec.loguniform or (0.0, 1.0)
     if spec.loguniform is not None:
-        return {key: float(f"{math.exp(rng.uniform(math.log(low), math.log(high))):.6g}")}
-    return {key: float(f"{rng.uniform(low, high):.6g}")}
+        return {key: rounded(math.exp(rng.uniform(math.log(low), math.log(high))))}
+    return {key: rounded(rng.uniform(low, high))}
+
+
+def mixture(key: str, terms: tuple[str, ...], shares: Any) -> dict[str, Scalar]:
+    """Weights of terms that add up to 1."""
+    total = float(sum(shares))
+    return {f"{key}.{term}": rounded(share / total) for term, share in zip(terms, shares, strict=True)}
+
+
+def rounded(value: float) -> float:
+    """To six digits, as people read it."""
+    return float(f"{value:.6g}")

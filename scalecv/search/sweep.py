@@ -6,6 +6,7 @@ A Tune trial is one segment and ends by itself, so nothing is ever killed to sto
 """
 
 import contextlib
+import math
 import re
 import tempfile
 import threading
@@ -20,14 +21,17 @@ from scalecv.artifacts import spool, tracking
 from scalecv.config import Experiment, dump
 from scalecv.errors import ConfigError, Interrupted, ScalecvError
 from scalecv.search.ledger import Ledger
-from scalecv.search.promotion import best_of, first_rung, next_segment
-from scalecv.search.report import Swept, table
+from scalecv.search.race import Standing, next_heat, standing_of
+from scalecv.search.report import Swept, best_trial, entrant_name, table, verdict
+from scalecv.search.schedule import Plan, best_of, kept_s, leader, next_segment
+from scalecv.search.searchers import check_living, grid_size, perturbed, values_of
 from scalecv.search.segment import run_segment
 from scalecv.search.space import draw, resolve, told
-from scalecv.search.trials import Point, Trial
+from scalecv.search.trials import AS_WRITTEN, Point, Trial
 from scalecv.shards.store import open_dataset
 from scalecv.train import runs
 from scalecv.train.checks import check, check_names, check_network
+from scalecv.train.job import Pause
 from scalecv.train.run import same_everywhere
 from scalecv.train.signals import stop_on_signals
 
@@ -37,6 +41,9 @@ SAME_FAILURES = 3
 DEATHS = 2
 """Processes of one segment that may die (a spot machine, a memory limit) before its trial counts as failed."""
 TABLE_S = 30.0
+WATCH_S = 0.5
+NOTHING = 0.01
+"""Share of the budget that is as good as nothing."""
 
 
 def tune(
@@ -64,6 +71,8 @@ def tune(
         check_names(one)
         check_network(one, manifest)
 
+    if experiment.search.scheduler == "pbt":
+        check_living(experiment)
     draw(experiment, 0, approve)  # a space that cannot work is told before anything is written
     storage.check_writable(runs.home(experiment))
     with runs.lease(experiment):
@@ -84,6 +93,8 @@ def _alike(experiment: Experiment) -> Experiment:
         raise ConfigError(
             f"train.metric={metric} depends on the weights that are searched: set search.metric, as val/iou"
         )
+    if experiment.search.cost and experiment.upscale.factor > 1:
+        raise ConfigError("search.cost counts networks, and this experiment has a stage before its own: leave it out")
     train = experiment.train.model_copy(update={"metric": metric})
     workers = experiment.scale.workers if experiment.scale.workers > 1 else 0
     scale = experiment.scale.model_copy(update={"workers": workers, "min_workers": None})
@@ -104,10 +115,17 @@ class _Sweep:
 
         self.experiment, self.ledger, self.approve, self.tell = experiment, ledger, approve, tell
         self.metric = str(experiment.train.metric)
-        self.sign = -1.0 if is_cost(self.metric) else 1.0
-        self.under_way: dict[str, int] = {}
+        sign = -1.0 if is_cost(self.metric) else 1.0
+        search = experiment.search
+        if search.searcher == "grid":
+            search = search.model_copy(update={"trials": grid_size(experiment, search.trials)})
+        self.plan = Plan(search, experiment.train.epochs, sign, *ledger.rung)
+        self.devices = max(1, experiment.scale.workers)
+        self.under_way: dict[str, tuple[Trial, float]] = {}
+        """Tune's name of a segment -> its trial, and when it began by the monotonic clock."""
         self.failure = ""
-        self.stopping = threading.Event()
+        self.stopping, self.closing, self.spent_all = threading.Event(), threading.Event(), threading.Event()
+        self.lock = threading.RLock()
         self.table_at = float("-inf")
         self.uri = tracking.tracking_uri(experiment.track.uri)
         trouble = tracking.probe(self.uri)
@@ -123,7 +141,7 @@ class _Sweep:
     def run(self, code_dirs: tuple[str, ...]) -> Swept:
         """Run until nothing is left to do."""
         if not self.ledger.trials:
-            space = {key: str(spec.model_dump(exclude_none=True)) for key, spec in self.experiment.search.space.items()}
+            space = {key: str(spec.model_dump(exclude_none=True)) for key, spec in self.plan.search.space.items()}
             spool.append(self.path, {"kind": "params", "params": {f"search.space.{k}": v for k, v in space.items()}})
             spool.append(self.path, {"kind": "text", "file": "experiment.yaml", "text": dump(self.experiment)})
         status = "FAILED"
@@ -131,10 +149,9 @@ class _Sweep:
             if self._next() is not None:
                 self._run_tune(code_dirs)
                 self.ledger.wake()
-                self._record()
             if self.failure:
                 raise ScalecvError(self.failure)
-            if self._next() is not None:
+            if self.stopping.is_set() or self._next() is not None:
                 status = "KILLED"
                 raise Interrupted(
                     f"stopped as asked, all trials are kept in {self.ledger.home}: the same command goes on"
@@ -146,6 +163,7 @@ class _Sweep:
             status = "FINISHED"
             return self._swept()
         finally:
+            self._record()
             spool.append(self.path, {"kind": "end", "status": status})
             if not self.sender.close(self.patience_s):
                 self._say(self.sender.waiting())
@@ -154,44 +172,80 @@ class _Sweep:
         """The next segment, for `ray_tune.run`."""
         from scalecv.search.ray_tune import FINISHED
 
-        ends = self.failure or self.stopping.is_set()
-        found = None if ends else self._next()
-        if found is None:
-            return None if self.under_way and not ends else FINISHED
-        if isinstance(found, int):
+        with self.lock:
+            ends = self.failure or self.stopping.is_set()
+            found = None if ends else self._next()
+            if found is None:
+                return None if self.under_way and not ends else FINISHED
             try:
-                drawn = draw(self.experiment, found, self.approve)
+                trial = self._drawn(found)
             except ConfigError as error:
                 self.failure = str(error)
                 return FINISHED
-            for reason in drawn.left_out:
-                self._say(f"left out {reason}")
-            found = Trial(
-                found, drawn.overrides, until=first_rung(self.experiment.search, self.experiment.train.epochs)
-            )
-        trial = replace(found, status="running")
-        self.ledger.keep(trial)
-        self.under_way[tune_id] = trial.number
-        return {"until": trial.until, "experiment": self._of(trial).model_dump(mode="json")}
+            trial = replace(trial, status="running")
+            self.ledger.keep(trial)
+            self.under_way[tune_id] = trial, time.monotonic()
+        until = None if trial.until is None else (trial.until, self.plan.in_seconds)
+        parent = None if trial.parent is None else self._of(self.ledger.trials[trial.parent]).model_dump(mode="json")
+        return {"until": until, "experiment": self._of(trial).model_dump(mode="json"), "parent": parent}
 
     def ended(self, tune_id: str, result: dict[str, Any] | None) -> None:
         """Record what a segment told; nothing told means that its process died."""
-        number = self.under_way.pop(tune_id, None)
-        if number is None:
-            return
-        trial = self.ledger.trials[number]
-        outcome = result or {"status": "failed", "cause": f"its process died {DEATHS + 1} times: out of memory?"}
-        points = tuple(Point(**point) for point in outcome.pop("points", ())) or trial.points
-        spent = trial.device_s + outcome.pop("device_s", 0.0)
-        trial = replace(trial, points=points, device_s=spent, **outcome)
-        self.ledger.keep(trial)
-        now = f"{self.metric} {points[-1].value:.4f} after epoch {trial.epochs}" if points else "no epoch has ended yet"
-        self._say(f"trial {number} {trial.status}: {told(trial.overrides)}: {trial.cause or now}")
-        self._record(every_s=TABLE_S)
-        failed = [one for one in self.ledger.trials if one.status == "failed"]
-        ended = [one for one in self.ledger.trials if one.status != "running"]
-        if len(failed) >= SAME_FAILURES and failed == ended and len({*map(self._kind, failed)}) == 1:
-            self.failure = f"the first {len(failed)} trials all failed alike: {trial.cause}"
+        with self.lock:
+            begun, began = self.under_way.pop(tune_id, (None, 0.0))
+            if begun is None:
+                return
+            trial = self._record_of(begun)
+            outcome = result or {"status": "failed", "cause": f"its process died {DEATHS + 1} times: out of memory?"}
+            points = tuple(Point(**point) for point in outcome.pop("points", ())) or trial.points
+            spent = trial.device_s + outcome.pop("device_s", (time.monotonic() - began) * self.devices)
+            # What was trained under a driver that was killed counts, too.
+            spent = max(spent, points[-1].device_s if points and trial.parent is None else 0.0)
+            trial = replace(trial, points=points, device_s=spent, **outcome)
+            self.ledger.keep(trial)
+            now = f"{self.metric} {points[-1].value:.4f} after epoch {trial.epochs}" if points else "no epoch has ended"
+            self._say(f"{self._told(trial)} {trial.status}: {told(trial.overrides)}: {trial.cause or now}")
+            self._record(every_s=TABLE_S)
+            failed = [one for one in self.ledger.trials if one.status == "failed"]
+            ended = [one for one in self.ledger.trials if one.status != "running"]
+            if len(failed) >= SAME_FAILURES and failed == ended and len({*map(self._kind, failed)}) == 1:
+                self.failure = f"the first {len(failed)} trials all failed alike: {trial.cause}"
+
+    def _next(self) -> Trial | int | None:
+        """What runs next, of the search and then of the race."""
+        if self.spent_all.is_set() or self._budget_left_s() < NOTHING * (self.plan.search.budget_s or 0.0):
+            return None
+        found = next_segment(self.plan, self.ledger.trials, 0.0 if self.closing.is_set() else self._search_left_s())
+        if found is not None or any(one.status == "running" for one in self.ledger.trials):
+            return found
+        return next_heat(self.plan, self.ledger.trials, self.ledger.race, self._budget_left_s())
+
+    def _budget_left_s(self) -> float:
+        if self.plan.search.budget_s is None:
+            return math.inf
+        now = time.monotonic()
+        live = sum((now - began) * self.devices for _, began in self.under_way.values())
+        return self.plan.search.budget_s - live - sum(one.device_s for one in [*self.ledger.trials, *self.ledger.race])
+
+    def _search_left_s(self) -> float:
+        return self._budget_left_s() - kept_s(self.plan, self.ledger.trials)
+
+    def _drawn(self, found: Trial | int) -> Trial:
+        """A trial with its values.
+
+        Raises: ConfigError: no values of the space can run.
+        """
+        if isinstance(found, int):
+            drawn = draw(self.experiment, found, self.approve, values_of(self.plan, self.ledger.trials))
+            for reason in drawn.left_out:
+                self._say(f"left out {reason}")
+            return Trial(found, drawn.overrides, until=self.plan.first(found))
+        if found.parent is not None and found.number == len(self.ledger.trials):
+            return replace(found, overrides=perturbed(self.experiment, found))
+        return found
+
+    def _record_of(self, trial: Trial) -> Trial:
+        return (self.ledger.trials if trial.entrant is None else self.ledger.race)[trial.number]
 
     def _kind(self, trial: Trial) -> str:
         """Why a trial failed, without what differs from trial to trial: its folder, numbers and ids."""
@@ -199,42 +253,61 @@ class _Sweep:
 
     def _record(self, every_s: float = 0.0) -> None:
         """Tell MLflow how the sweep stands; the table, which grows with the trials, at most every so many seconds."""
-        trials, epochs = self.ledger.trials, self.experiment.train.epochs
-        best, spent = best_of(trials, epochs, self.sign), sum(one.device_s for one in trials)
+        trials = self.ledger.trials
+        best, spent = best_of(self.plan, trials), sum(one.device_s for one in [*trials, *self.ledger.race])
         metrics = {"sweep/trials": float(len(trials)), "sweep/device_s": spent}
         if best is not None:
-            metrics[f"best/{self.metric}"] = self.sign * best.value(epochs, self.sign)
+            metrics[f"best/{self.metric}"] = self.plan.sign * best.value(self.plan.sign)
         spool.append(self.path, {"kind": "metrics", "step": int(spent * 1000), "metrics": metrics})
         if time.monotonic() - self.table_at >= every_s:
             self.table_at = time.monotonic()
             spool.append(self.path, {"kind": "text", "file": "trials.md", "text": table(trials, self.metric)})
 
-    def _next(self) -> Trial | int | None:
-        return next_segment(self.ledger.trials, self.experiment.search, self.experiment.train.epochs, self.sign)
-
     def _of(self, trial: Trial) -> Experiment:
         made = resolve(self.experiment, trial.overrides)
         track = made.track.model_copy(update={"storage": storage.join(self.ledger.home, "runs")})
-        return made.model_copy(update={"name": self._name(trial), "track": track})
+        seed = (
+            made.seed if trial.seed is None else made.seed + 1 + trial.seed
+        )  # the seed of the search is not used again
+        return made.model_copy(update={"name": self._name(trial), "track": track, "seed": seed})
 
     def _name(self, trial: Trial) -> str:
-        return f"{self.experiment.name[:90]}-{trial.number:04d}"
+        name = self.experiment.name[:80]
+        if trial.entrant is None:
+            return f"{name}-{trial.number:04d}"
+        who = "as-written" if trial.entrant == AS_WRITTEN else f"{trial.entrant:04d}"
+        return f"{name}-race-{who}-seed{trial.seed}"
+
+    def _told(self, trial: Trial) -> str:
+        if trial.entrant is None:
+            return f"trial {trial.number}"
+        return f"race, {entrant_name(trial.entrant)}, seed {trial.seed}:"
 
     def _say(self, message: str) -> None:
         self.tell({"kind": "progress", "message": message})
 
     def _swept(self) -> Swept:
-        """How it ended; trials that wait at a rung are stopped, unless a larger sweep promotes them."""
-        trials = tuple(
-            replace(one, status="stopped", cause=f"behind others after epoch {one.epochs}")
-            if one.status == "paused"
-            else one
-            for one in self.ledger.trials
-        )
-        best = best_of(trials, self.experiment.train.epochs, self.sign)
-        verdict = "no trial was trained to its end" if best is None else "not raced: one seed for each trial"
-        about = (self.ledger.key, self.experiment.name, self.metric, trials, best, verdict)
-        return Swept(*about, self.sender.run_id, storage.without_secrets(self.uri))
+        """How it ended; trials that wait are stopped, unless a larger sweep goes on with them."""
+        trials = tuple(map(self._as_ended, self.ledger.trials))
+        about = (self.ledger.key, self.experiment.name, self.metric)
+        spent = sum(one.device_s for one in [*self.ledger.trials, *self.ledger.race])
+        found = verdict(self._standing(), self.metric, best_of(self.plan, trials), self.plan.search)
+        best = best_trial(found, trials, self.ledger.race, self.plan)
+        race = tuple(self.ledger.race)
+        return Swept(*about, trials, race, best, found, spent, self.sender.run_id, storage.without_secrets(self.uri))
+
+    def _standing(self) -> Standing:
+        return standing_of(self.plan, self.ledger.trials, self.ledger.race, self._budget_left_s())
+
+    def _as_ended(self, trial: Trial) -> Trial:
+        replaced = next((one.number for one in self.ledger.trials if one.replaces == trial.number), None)
+        if trial.status == "waiting":
+            return replace(trial, status="stopped", cause=f"the budget was spent after epoch {trial.epochs}")
+        if trial.status == "paused" and replaced is not None:
+            return replace(trial, status="stopped", cause=f"trial {replaced} took its place after epoch {trial.epochs}")
+        if trial.status == "paused":
+            return replace(trial, status="stopped", cause=f"behind others after epoch {trial.epochs}")
+        return trial
 
     def _run_tune(self, code_dirs: tuple[str, ...]) -> None:
         runtime.connect(code_dirs=code_dirs)
@@ -243,34 +316,50 @@ class _Sweep:
         runs.check_shared(self.ledger.home, runtime.nodes())
         scale = self.experiment.scale
         cpus, gpus = runtime.resources()
-        workers = max(1, scale.workers)
-        use_gpu = scale.gpu == "yes" or (scale.gpu == "auto" and gpus >= workers)
-        runtime.check_fits(workers, scale.cpus_per_worker, use_gpu)
-        room = int(min(cpus // (workers * scale.cpus_per_worker), gpus // workers if use_gpu else cpus))
-        most = min(room, self.experiment.search.concurrent or room)
-        self._say(f"{len(self.ledger.trials)} of {self.experiment.search.trials} trials begun; {most} at a time")
+        use_gpu = scale.gpu == "yes" or (scale.gpu == "auto" and gpus >= self.devices)
+        runtime.check_fits(self.devices, scale.cpus_per_worker, use_gpu)
+        room = int(min(cpus // (self.devices * scale.cpus_per_worker), gpus // self.devices if use_gpu else cpus))
+        most = min(room, self.plan.search.concurrent or room)
+        self._say(f"{len(self.ledger.trials)} of {self.plan.search.trials} trials begun; {most} at a time")
         tags = {"scalecv.sweep": self.ledger.key, tracking.PARENT_KEY: self.ledger.key}
         # Of several workers Ray Train asks for the CPUs; beside them the trial itself may take none.
         alone = {"CPU": scale.cpus_per_worker, **({"GPU": 1.0} if use_gpu else {})}
         resources = {"memory": 1.0} if scale.workers else alone
+        ended = threading.Event()
+        watch = threading.Thread(target=self._watch, args=(ended,), name="budget", daemon=True)
         with tempfile.TemporaryDirectory(prefix="scalecv-tune-") as folder:
-            segment = _Segment(self.metric, tags, code_dirs)
-            with stop_on_signals(self._stop, self.tell):
-                run(self.suggest, self.ended, folder, segment, resources, most, DEATHS)
+            segment = _Segment(self.metric, tags, code_dirs, self.plan.search.cost)
+            watch.start()
+            try:
+                with stop_on_signals(self.stopping.set, self.tell):
+                    run(self.suggest, self.ended, folder, segment, resources, most, DEATHS)
+            finally:
+                ended.set()
+                watch.join()
 
-    def _stop(self) -> None:
-        """Begin nothing more, and ask the runs under way to save and stop."""
-        self.stopping.set()
+    def _watch(self, ended: threading.Event) -> None:
+        """Ask runs to save and stop: all where the sweep is to stop or the budget is spent, else what has no room.
 
-        def ask() -> None:
-            while self.under_way:  # again and again: a run that is about to begin takes away what lies there
-                for number in list(self.under_way.values()):
-                    with contextlib.suppress(OSError, ScalecvError):
-                        if place := runs.newest(self._of(self.ledger.trials[number])):
-                            storage.put(storage.join(place, "STOP"), b"stop")
-                time.sleep(1.0)
-
-        threading.Thread(target=ask, name="stop", daemon=True).start()
+        Again and again, for a run that is about to begin takes away what lies there.
+        """
+        while not ended.wait(WATCH_S):
+            with self.lock:
+                if self._budget_left_s() <= 0 and not self.spent_all.is_set():
+                    self.spent_all.set()
+                    self._say(f"search.budget={self.plan.search.budget} is spent: trials under way are saved and stop")
+                running = [trial for trial, _ in self.under_way.values()]
+                is_search = any(one.entrant is None for one in running)
+                if is_search and self._search_left_s() <= 0 and not self.closing.is_set():
+                    self.closing.set()
+                    self._say("what is left of search.budget is for the best trial and the race: the others pause")
+                if not (self.stopping.is_set() or self.spent_all.is_set()):
+                    best = leader(self.plan, self.ledger.trials) if self.closing.is_set() else None
+                    searching = [one for one in running if self.closing.is_set() and one.entrant is None]
+                    running = [one for one in searching if best is None or one.number != best.number]
+            for trial in running:
+                with contextlib.suppress(OSError, ScalecvError):
+                    if place := runs.newest(self._of(trial)):
+                        storage.put(storage.join(place, "STOP"), b"stop")
 
 
 @dataclass(frozen=True)
@@ -280,7 +369,10 @@ class _Segment:
     metric: str
     tags: dict[str, str]
     code_dirs: tuple[str, ...]
+    cost: str | None
 
     def __call__(self, config: dict[str, Any]) -> dict[str, Any]:
         experiment = Experiment.model_validate(config["experiment"])
-        return run_segment(experiment, self.metric, config["until"], self.tags, self.code_dirs)
+        parent = None if config["parent"] is None else Experiment.model_validate(config["parent"])
+        until = None if config["until"] is None else Pause(*config["until"])
+        return run_segment(experiment, self.metric, until, self.tags, self.code_dirs, parent=parent, cost=self.cost)

@@ -10,6 +10,9 @@ Status = Literal["waiting", "running", "paused", "finished", "stopped", "failed"
 """Waiting: its segment was cut short, and goes on. Paused: at a rung, may be promoted; once the sweep is over it is
 told as stopped."""
 
+AS_WRITTEN = -1
+"""Entrant of the race that is no trial: the experiment without values of its space."""
+
 
 @dataclass(frozen=True)
 class Point:
@@ -18,6 +21,8 @@ class Point:
     epoch: int
     """Epochs done, from 1."""
     value: float
+    device_s: float = 0.0
+    """Device-seconds of training and validation until then; those of its start are left out."""
 
 
 @dataclass(frozen=True)
@@ -29,25 +34,35 @@ class Trial:
     overrides: dict[str, Scalar]
     """Dotted keys of the experiment."""
     status: Status = "waiting"
-    until: int | None = None
-    """Epochs after which its segment pauses; None: it goes to the end."""
+    until: float | None = None
+    """Rung at which its segment pauses, in the sweep's unit (device-seconds or epochs); None: it goes to the end."""
     device_s: float = 0.0
     """Device-seconds of all its segments."""
     points: tuple[Point, ...] = ()
     metrics: dict[str, float] = field(default_factory=dict)
     """Of its last epoch, or of its end."""
+    cost: float | None = None
+    """The second objective, where there is one."""
     cause: str = ""
     """Why it failed or was stopped, one line."""
     run_id: str | None = None
     bundle: str = ""
     weights_hash: str = ""
+    parent: int | None = None
+    """Trial whose checkpoint it goes on from (pbt)."""
+    replaces: int | None = None
+    """Trial whose place in the population it takes (pbt)."""
+    entrant: int | None = None
+    """In the race: the trial that it trains again, or AS_WRITTEN."""
+    seed: int | None = None
+    """In the race: which of its seeds, from 0."""
 
     @property
     def epochs(self) -> int:
         """Epochs done."""
         return max((point.epoch for point in self.points), default=0)
 
-    def value(self, epochs: int, sign: float) -> float:
-        """The best objective within the first epochs, times `sign`, so that larger is better; NaN is the worst."""
-        within = (sign * point.value for point in self.points if point.epoch <= epochs)
+    def value(self, sign: float, first: int | None = None) -> float:
+        """The best objective of all or the first points, times `sign`, so that larger is better; NaN is the worst."""
+        within = (sign * point.value for point in self.points[:first])
         return max((value for value in within if math.isfinite(value)), default=float("-inf"))

@@ -5,11 +5,12 @@ over all ranks, by rank 0. The state of a run is (epoch, step) and what a checkp
 numbers of the network (dropout) are a function of (seed, epoch, step, rank; in exact mode the logical shard).
 """
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed as dist
@@ -24,6 +25,7 @@ from scalecv.tasks.evaluate import Evaluation, evaluate, gather
 from scalecv.tasks.task import Task
 from scalecv.train import micro_batch, threshold
 from scalecv.train.gallery import Gallery
+from scalecv.train.job import Pause, epoch_s
 from scalecv.train.meter import Meter
 from scalecv.train.optim import Progress, learning_rate, set_rate
 from scalecv.train.requests import Asked, Leaves, Requests, Stopped
@@ -33,6 +35,7 @@ from scalecv.train.times import Times
 from scalecv.train.watchdog import Watchdog
 
 Event = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,8 @@ class Setup:
     gallery: Gallery
     upscale: UpscaleFacts | None = None
     """The stage before the network, where there is one."""
-    until: int | None = None
-    """Epochs after which the run pauses."""
+    until: Pause | None = None
+    """Where the run pauses."""
 
 
 @dataclass
@@ -112,11 +115,10 @@ def fit(setup: Setup, state: State) -> str:
         gradient is no number. OutOfMemory: no micro-batch is small enough.
     """
     train = setup.experiment.train
-    last = min(train.epochs, setup.until or train.epochs)
     micro_batch.start(setup, state)
     try:
-        with setup.feeds["train"].epochs(state.epoch, state.step, last) as epochs:
-            while state.epoch < last and not state.progress.stops(train):
+        with setup.feeds["train"].epochs(state.epoch, state.step, _last(setup)) as epochs:
+            while state.epoch < train.epochs and not state.progress.stops(train) and not _pauses(setup, state):
                 told = _one_epoch(setup, state, next(epochs))
                 _close_epoch(setup, state, told)
     except Stopped:
@@ -127,6 +129,17 @@ def fit(setup: Setup, state: State) -> str:
         return "stopped"
     setup.saver.settle()
     return "interrupted"
+
+
+def _last(setup: Setup) -> int:
+    """Epochs at whose end nothing is read ahead of."""
+    epochs, until = setup.experiment.train.epochs, setup.until
+    return epochs if until is None or until.in_device_s else min(epochs, math.ceil(until.at))
+
+
+def _pauses(setup: Setup, state: State) -> bool:
+    """Whether the run is to pause; ranks decide alike, their clocks do not count."""
+    return setup.until is not None and _from_rank_0(setup.until.comes(state.history, setup.ranks))
 
 
 def _one_epoch(setup: Setup, state: State, batches: Epoch) -> dict[str, float]:
@@ -212,14 +225,13 @@ def _close_epoch(setup: Setup, state: State, told: dict[str, float]) -> None:
     point = {"kind": "metrics", "step": state.updates, "time_ms": int(time.time() * 1000), "metrics": scores}
     state.recent.append(point)
     _save(setup, state, value)
-    took = scores["time/train_s"] + scores["time/validation_s"]
     line = {
         "kind": "progress",
         "epoch": state.epoch,
         "epochs": train.epochs,
         "metrics": scores,
         "is_epoch_end": True,
-        "left_s": took * (train.epochs - state.epoch),
+        "left_s": epoch_s(scores) * (train.epochs - state.epoch),
     }
     setup.report([point, line, *setup.saver.written(), *setup.gallery.drawn()])
 
@@ -290,7 +302,7 @@ def gather_order(state: State) -> None:
     state.order_total = sum(everyone) % (1 << 256) if dist.get_rank() == 0 else 0
 
 
-def _from_rank_0(value: Progress) -> Progress:
+def _from_rank_0(value: T) -> T:
     if not dist.is_initialized():
         return value
     box = [value]

@@ -17,7 +17,7 @@ from scalecv.errors import ConfigError, Interrupted, ScalecvError
 from scalecv.shards.store import Dataset
 from scalecv.train import runs, upscaler
 from scalecv.train.checks import check, check_names, check_network, sizes
-from scalecv.train.job import Job
+from scalecv.train.job import Job, Pause
 from scalecv.train.signals import stop_on_signals
 
 Event = dict[str, Any]
@@ -57,7 +57,7 @@ def train(
     code_dirs: tuple[str, ...] = (),
     allow_import: bool = True,
     tell: Callable[[Event], None] = lambda _: None,
-    until: int | None = None,
+    until: Pause | None = None,
     tags: Mapping[str, str] | None = None,
 ) -> Result:
     """Train an experiment to its end, going on from where an earlier command of the same name stopped.
@@ -68,7 +68,7 @@ def train(
         code_dirs: folders whose modules the workers must find, such as the experiment's own.
         allow_import: whether model.arch may name a function to import; False for an experiment out of a record.
         tell: called with each event, for a live display.
-        until: epochs after which the run pauses, all of it saved; None trains to the end.
+        until: where the run pauses, all of it saved; None trains to the end.
         tags: further tags of the MLflow run.
     Raises: UserError: wrong input, nothing was started. Interrupted: stopped on request or paused, state saved.
         ScalecvError: the run failed.
@@ -110,7 +110,7 @@ def _record_and_run(
     uri: str,
     code_dirs: tuple[str, ...],
     tell: Callable[[Event], None],
-    until: int | None,
+    until: Pause | None,
     tags: Mapping[str, str],
     patience_s: float,
 ) -> Result:
@@ -236,7 +236,7 @@ def _run_workers(
     path: str,
     code_dirs: tuple[str, ...],
     stop: threading.Event,
-    until: int | None,
+    until: Pause | None,
 ) -> None:
     from scalecv import runtime
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from scalecv import cache, redact, storage
 from scalecv.config import Experiment, flatten
-from scalecv.errors import ConfigError, UserError
+from scalecv.errors import ConfigError, ScalecvError, UserError
 from scalecv.shards.store import Dataset, open_dataset
 from scalecv.train.lease import Lease, hold
 
@@ -101,6 +101,23 @@ def newest(experiment: Experiment) -> str | None:
     """URI of the attempt that the same command would go on with; None where there is none."""
     last = _last(experiment)
     return storage.join(home(experiment), f"{last:03d}") if last else None
+
+
+def begin_with(experiment: Experiment, parent: Experiment) -> None:
+    """Let a run begin with the newest checkpoint of another that has the same network; nothing if it began already.
+
+    Raises: ScalecvError: the other has no checkpoint.
+    """
+    from scalecv.train import checkpoint
+
+    place = storage.join(home(experiment), "001")
+    if checkpoint.complete(place)[0]:
+        return
+    theirs = newest(parent)
+    found, parts, _ = checkpoint.newest(theirs) if theirs else (None, None, [])
+    if found is None or parts is None:
+        raise ScalecvError(f"{home(parent)} has no checkpoint that is whole: nothing to begin {experiment.name} with")
+    checkpoint.save(place, parts, found.updates, found.metric)
 
 
 def _last(experiment: Experiment) -> int:

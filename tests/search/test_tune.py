@@ -20,7 +20,7 @@ from tests.small import shapes, shapes_dataset
 __all__ = ["shapes", "shapes_dataset"]
 
 SPACE = {"train.lr": {"loguniform": [1e-3, 1e-1]}, "model.norm": {"choice": ["group", "batch"]}}
-SEARCH = {"trials": 3, "eta": 2, "space": SPACE}
+SEARCH = {"trials": 3, "eta": 2, "space": SPACE, "finalists": 0}
 
 
 def command(folder, *more):
@@ -55,7 +55,7 @@ def test_a_sweep_ends_with_the_best_as_if_it_had_been_trained_alone(shapes, tmp_
     told = json.loads(out)
     trials, best = told["trials"], told["best"]
     assert [one["number"] for one in trials] == [0, 1, 2] and best["status"] == "finished", said
-    assert "stopped" in {one["status"] for one in trials} and told["verdict"].startswith("not raced")
+    assert "stopped" in {one["status"] for one in trials} and told["verdict"]["sentence"].startswith("not raced")
     assert all(one["device_s"] > 0 and one["run_id"] for one in trials)
     runs = of_mlflow(tmp_path)
     assert {run.data.tags.get("mlflow.parentRunId") for name, run in runs.items() if name != "sweep"} == {

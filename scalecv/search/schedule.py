@@ -1,0 +1,298 @@
+"""What runs next: a function of the records alone, so a driver that was started again decides as it would have.
+
+Trials pause at rungs, with all of their state, and the scheduler says which go on. Rungs lie in device-seconds, so
+that a small network that trains many epochs is compared with a large one that trains few; or in epochs.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from scalecv.config.search import Search
+from scalecv.search.trials import Point, Trial
+from scalecv.train.job import Pause
+
+FEWEST = 3
+"""Trials of a rung from which on a median or a worst quarter is told."""
+GAIN_FROM = 8
+"""Trials from which on an expected gain is told."""
+BRACKETS = 4
+"""Of hyperband."""
+RACE_SHARE = 0.4
+"""Of the budget, the most that is kept for the race."""
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A trial as its points tell it."""
+
+    points: tuple[Point, ...]
+    value: float
+    """Best so far, larger is better."""
+    at_rungs: tuple[float, ...]
+    """The same, at each rung that it reached, from that of its bracket on."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What stays the same through a sweep."""
+
+    search: Search
+    epochs: int
+    """Of a whole training."""
+    sign: float
+    """1 where a larger objective is better, else -1."""
+    rung: float
+    """The first rung, in device-seconds or epochs."""
+    in_seconds: bool
+    _known: dict[int, "_Known"] = field(default_factory=dict, compare=False, repr=False)
+    """Of each trial what was computed of its points last: thousands of trials are looked at again and again."""
+
+    def known(self, trial: Trial) -> "_Known":
+        """How far a trial came, and how good it was there."""
+        found = self._known.get(trial.number)
+        if found is None or found.points is not trial.points:
+            self._known[trial.number] = found = self._look_at(trial)
+        return found
+
+    def _look_at(self, trial: Trial) -> "_Known":
+        values, place = list[float](), bracket(self.search, trial.number)
+        while (count := self.until(trial.points, self.level(place + len(values)))) is not None:
+            values.append(trial.value(self.sign, count))
+        return _Known(trial.points, trial.value(self.sign), tuple(values))
+
+    def level(self, place: int) -> float:
+        """Where a rung lies; the first has place 0."""
+        ahead = place + 1 if self.search.scheduler in ("median", "pbt") else self.search.eta**place
+        return self.rung * ahead
+
+    def first(self, number: int) -> float | None:
+        """Where a new trial pauses first."""
+        return None if self.search.scheduler == "none" else self._rung_within(bracket(self.search, number))
+
+    def after(self, trial: Trial) -> float | None:
+        """The rung that follows those that a trial has reached; None: its end."""
+        return self._rung_within(bracket(self.search, trial.number) + len(self.known(trial).at_rungs))
+
+    def until(self, points: Sequence[Point], level: float) -> int | None:
+        """How many points there are when a rung is reached, at the end of the epoch nearest to it; None: it is not."""
+        before = 0.0
+        for count, point in enumerate(points, 1):
+            at = point.device_s if self.in_seconds else float(point.epoch)
+            if Pause(level).is_reached(at, at - before):
+                return count
+            before = at
+        return None
+
+    def _rung_within(self, place: int) -> float | None:
+        level = self.level(place)
+        return level if self.in_seconds or level < self.epochs else None
+
+
+def first_rung(search: Search) -> tuple[float, bool]:
+    """The first rung, and whether it is in device-seconds.
+
+    With a budget and no rung it is the length at which each rung costs the same, and all together what the search may
+    spend: n trials of one length, n/eta of eta lengths, and so on.
+    """
+    if search.rung_s is not None:
+        return search.rung_s, True
+    if search.rung_epochs is not None or search.budget_s is None:
+        return float(search.rung_epochs or 1), False
+    share = 1.0 - (RACE_SHARE if search.finalists else 0.0)
+    depth = 1 + math.log(search.trials) / math.log(search.eta)
+    return search.budget_s * share / (search.trials * depth), True
+
+
+def next_segment(plan: Plan, trials: Sequence[Trial], left_s: float = math.inf) -> Trial | int | None:
+    """What to run next: a trial with the `until` of its next segment, the number of a new trial, or None.
+
+    None while nothing can start; if nothing runs either, the search is over.
+
+    Args:
+        plan: of the sweep.
+        trials: all records.
+        left_s: device-seconds that the search may still spend, without what is kept to finish it.
+    """
+    if left_s > 0:
+        for trial in trials:
+            if trial.status == "waiting":
+                return trial
+        begun = sum(one.replaces is None for one in trials)
+        is_open = begun < plan.search.trials and not is_enough(plan, trials)
+        if is_open and plan.search.scheduler == "pbt":  # a population grows up together
+            return len(trials)
+        found = SCHEDULERS[plan.search.scheduler](plan, trials)
+        if found is not None:
+            return found
+        if is_open:
+            return len(trials)
+    if any(one.status == "running" for one in trials):
+        return None
+    best = leader(plan, trials)
+    return replace(best, until=None) if best and best.status in ("paused", "waiting") else None
+
+
+def leader(plan: Plan, trials: Sequence[Trial]) -> Trial | None:
+    """The trial with the best objective so far, finished or not."""
+    if plan.search.cost:
+        return next(iter(ranking(plan, trials)), None)
+    known = [(plan.known(one).value, -one.number, one) for one in trials if one.status != "failed"]
+    best = max(known, default=None, key=lambda row: row[:2])
+    return best[2] if best and best[0] > -math.inf else None
+
+
+def ranking(plan: Plan, trials: Sequence[Trial]) -> list[Trial]:
+    """Trials that have an objective, the best first."""
+    known = [(one, plan.known(one).value) for one in trials if one.status != "failed"]
+    known = [(one, value) for one, value in known if value > -math.inf]
+    return _ranked(plan, [one for one, _ in known], [value for _, value in known])
+
+
+def best_of(plan: Plan, trials: Sequence[Trial]) -> Trial | None:
+    """The trial with the best objective among those that were trained to their end."""
+    ended = [one for one in trials if one.status == "finished"]
+    return max(ended, key=lambda one: (one.value(plan.sign), -one.number), default=None)
+
+
+def kept_s(plan: Plan, trials: Sequence[Trial]) -> float:
+    """Device-seconds of the budget that are kept to finish the best trial and to race it; 0 while nothing is known."""
+    best = leader(plan, trials) if plan.search.budget_s is not None else None
+    if best is None or plan.search.budget_s is None:
+        return 0.0
+    price = price_s(plan, best)
+    race = 3 * (plan.search.finalists + 1) * price if plan.search.finalists else 0.0
+    finish = price * (1 - best.epochs / plan.epochs) if best.status != "finished" else 0.0
+    return finish + min(race, RACE_SHARE * plan.search.budget_s)
+
+
+def price_s(plan: Plan, trial: Trial) -> float:
+    """Device-seconds of a whole training like that of a trial, by what it took so far, with its starts."""
+    if not trial.points:
+        return 0.0
+    trained_s = trial.points[-1].device_s
+    return trained_s / trial.epochs * plan.epochs + max(0.0, trial.device_s - trained_s)
+
+
+def is_enough(plan: Plan, trials: Sequence[Trial]) -> bool:
+    """Whether twice as many trials are expected to gain less than `search.min_gain`.
+
+    The next doubling is taken to gain no more than the last: the best of all trials less the expected best of a random
+    half of them.
+    """
+    values = sorted(value for one in trials if (value := plan.known(one).value) > -math.inf)
+    count = len(values)
+    if not plan.search.min_gain or count < GAIN_FROM:
+        return False
+    half = count // 2
+    best = sum(math.comb(place, half - 1) / math.comb(count, half) * value for place, value in enumerate(values))
+    return values[-1] - best < plan.search.min_gain
+
+
+def bracket(search: Search, number: int) -> int:
+    """The place of a trial's first rung: 0, and with hyperband later ones for every few trials."""
+    if search.scheduler != "hyperband":
+        return 0
+    sizes = [
+        math.ceil(BRACKETS / (BRACKETS - place) * search.eta ** (BRACKETS - 1 - place)) for place in range(BRACKETS)
+    ]
+    at = number * 7919 % sum(sizes)  # brackets begin mixed, not one after the other
+    return next(place for place in range(BRACKETS) if at < sum(sizes[: place + 1]))
+
+
+def _promote(plan: Plan, trials: Sequence[Trial]) -> Trial | None:
+    """The best paused trial among the best 1/eta of its bracket's rung, from the furthest rung on."""
+    alive = [(one, bracket(plan.search, one.number), plan.known(one)) for one in trials if one.status != "failed"]
+    deepest = max((begins + len(known.at_rungs) for _, begins, known in alive), default=0)
+    groups: dict[tuple[int, int], list[tuple[Trial, float, bool]]] = {}
+    for one, begins, known in alive:
+        values, last = known.at_rungs, len(known.at_rungs) - 1
+        if one.status == "finished":  # ahead of its end it is compared by all that it has
+            values = (*values, *[known.value] * (deepest - begins - len(values)))
+        for at, value in enumerate(values):
+            here = one.status == "paused" and at == last
+            groups.setdefault((begins, begins + at), []).append((one, value, here))
+    for key in sorted(groups, key=lambda key: -key[1]):
+        rows = groups[key]
+        waits = {one.number for one, _, here in rows if here}
+        if waits and len(rows) >= plan.search.eta:
+            for one in _ranked(plan, [row[0] for row in rows], [row[1] for row in rows])[
+                : len(rows) // plan.search.eta
+            ]:
+                if one.number in waits:
+                    return replace(one, until=plan.after(one))
+    return None
+
+
+def _above_median(plan: Plan, trials: Sequence[Trial]) -> Trial | None:
+    """A paused trial that is no worse than the median of those that reached its rung."""
+    for one in trials:
+        if one.status != "paused":
+            continue
+        others = _at_rung_of(plan, one, trials)
+        value = one.value(plan.sign)
+        if len(others) < FEWEST or value >= np.median([other for _, other in others]):
+            return replace(one, until=plan.after(one))
+    return None
+
+
+def _exploit(plan: Plan, trials: Sequence[Trial]) -> Trial | None:
+    """A paused trial; one of the worst quarter of its rung is replaced by a child of one of the best quarter."""
+    replaced = {one.replaces for one in trials}
+    waits = [one for one in trials if one.status == "paused" and one.number not in replaced]
+    for one in sorted(waits, key=lambda one: (one.until or 0.0, one.number)):
+        others = sorted(_at_rung_of(plan, one, trials), key=lambda pair: (-pair[1], pair[0].number))
+        quarter = len(others) // 4
+        if quarter and one.number in [other.number for other, _ in others[-quarter:]]:
+            digest = hashlib.sha256(f"{len(trials)}|{one.number}".encode()).digest()
+            source = others[digest[0] % quarter][0]
+            return Trial(
+                len(trials), source.overrides, until=plan.after(one), parent=source.number, replaces=one.number
+            )
+        return replace(one, until=plan.after(one))
+    return None
+
+
+def _at_rung_of(plan: Plan, trial: Trial, trials: Sequence[Trial]) -> list[tuple[Trial, float]]:
+    """The trials that came as far as one that is paused, and the objective of each when it did."""
+    reached = trial.until or 0.0
+    counted = [(one, plan.until(one.points, reached)) for one in trials if one.status != "failed"]
+    ended = [(one, count) for one, count in counted if count is not None or one.status == "finished"]
+    return [(one, one.value(plan.sign, count)) for one, count in ended]
+
+
+def _ranked(plan: Plan, trials: Sequence[Trial], values: Sequence[float]) -> list[Trial]:
+    """The best first; with a cost, those that no other beats in both come before those that only these beat."""
+    fronts = [0] * len(trials)
+    if plan.search.cost:
+        fronts = front_of([(one.cost if one.cost is not None else math.inf) for one in trials], values)
+    rows = zip(trials, values, fronts, strict=True)
+    return [one for one, _, _ in sorted(rows, key=lambda row: (row[2], -row[1], row[0].number))]
+
+
+def front_of(costs: Sequence[float], values: Sequence[float]) -> list[int]:
+    """For each trial in which front it lies: 0 if no other is as good in cost (less) and value (more)."""
+    left, out, front = set(range(len(costs))), [0] * len(costs), 0
+    while left:
+        best, here = -math.inf, list[int]()
+        for at in sorted(left, key=lambda at: (costs[at], -values[at])):
+            if values[at] > best or not here:
+                here.append(at)
+                best = values[at]
+        for at in here:
+            out[at] = front
+        left -= {*here}
+        front += 1
+    return out
+
+
+SCHEDULERS: dict[str, Callable[[Plan, Sequence[Trial]], Trial | None]] = {
+    "asha": _promote,
+    "hyperband": _promote,
+    "median": _above_median,
+    "pbt": _exploit,
+    "none": lambda plan, trials: None,
+}

@@ -1,0 +1,124 @@
+"""Sweeps on simulated learning curves: the product's own decisions, on a clock that costs nothing.
+
+A configuration has a quality it tends to, a speed at which it gets there, and seconds that one of its epochs takes;
+large networks are slower and, on average, a little better. Numbers of curves come from a generator alone.
+"""
+
+import heapq
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from scalecv.config.search import Search
+from scalecv.search.race import next_heat, standing_of
+from scalecv.search.report import verdict
+from scalecv.search.schedule import Plan, first_rung, kept_s, next_segment
+from scalecv.search.trials import AS_WRITTEN, Point, Trial
+
+
+@dataclass(frozen=True)
+class Config:
+    """A configuration as its learning curves."""
+
+    quality: float
+    speed: float
+    epoch_s: float
+
+    def curve(self, epochs: int, noise: float, seed_noise: float, rng: np.random.Generator) -> np.ndarray:
+        """Objective after each epoch of one training: `noise` differs from epoch to epoch, `seed_noise` stays."""
+        at = np.arange(1, epochs + 1)
+        tends = self.quality - 0.5 * at**-self.speed + 0.5 * epochs**-self.speed  # quality is that of the end
+        return tends + rng.normal(0, seed_noise) + rng.normal(0, noise, epochs)
+
+
+@dataclass
+class World:
+    """What the simulated trainings are drawn from."""
+
+    config: Callable[[int], Config]
+    epochs: int
+    noise: float
+    seed_noise: float
+    seed: int
+
+    def curve(self, number: int, seed: int | None) -> np.ndarray:
+        """Of a trial (or AS_WRITTEN) and a seed of the race; None is that of the search."""
+        words = [self.seed, number + 1, 0 if seed is None else seed + 1]
+        return self.config(number).curve(self.epochs, self.noise, self.seed_noise, np.random.default_rng(words))
+
+
+def simulate(search: Search, world: World, workers: int = 2) -> tuple[Plan, list[Trial], list[Trial], float]:
+    """Run a sweep. Returns: its plan, the records of search and race, and the seconds that it took."""
+    plan = Plan(search, world.epochs, 1.0, *first_rung(search))
+    trials: list[Trial] = []
+    race: list[Trial] = []
+    events: list[tuple[float, int, Trial, Trial]] = []
+    now, count, closing = 0.0, 0, False
+    while True:
+        while len(events) < workers:
+            live = sum(now - (end - more.device_s + trial.device_s) for end, _, trial, more in events)
+            left = (search.budget_s or math.inf) - sum(one.device_s for one in [*trials, *race]) - live
+            explore = left - kept_s(plan, trials)
+            closing = closing or explore <= 0
+            found = next_segment(plan, trials, 0.0 if closing else explore)
+            if found is None and not any(one.status == "running" for one in trials):
+                found = next_heat(plan, trials, race, left)
+            if found is None:
+                break
+            trial = Trial(found, {}, until=plan.first(found)) if isinstance(found, int) else found
+            _keep(trials if trial.entrant is None else race, replace(trial, status="running"))
+            more, count = _trained(plan, world, trial), count + 1
+            heapq.heappush(events, (now + more.device_s - trial.device_s, count, trial, more))
+        if not events:
+            return plan, trials, race, now
+        now, _, _, trial = heapq.heappop(events)
+        _keep(trials if trial.entrant is None else race, trial)
+
+
+def _keep(records: list[Trial], trial: Trial) -> None:
+    records[trial.number : trial.number + 1] = [trial]
+
+
+def _trained(plan: Plan, world: World, trial: Trial) -> Trial:
+    """A trial after its segment."""
+    number = trial.number if trial.entrant is None else trial.entrant
+    curve, epoch_s = world.curve(number, trial.seed), world.config(number).epoch_s
+    points = [Point(epoch, float(value), epoch * epoch_s) for epoch, value in enumerate(curve, 1)]
+    count = None if trial.until is None else plan.until(points, trial.until)
+    if count is not None:
+        count = max(count, trial.epochs + 1)
+    if count is None or count >= len(points):
+        return replace(trial, status="finished", points=tuple(points), device_s=points[-1].device_s)
+    return replace(trial, status="paused", points=tuple(points[:count]), device_s=points[count - 1].device_s)
+
+
+def spread(seed: int, arches: int = 5) -> Callable[[int], Config]:
+    """Configurations of several architectures: a few seconds to a few minutes an epoch."""
+    rng = np.random.default_rng([seed, 0xA])
+    slow = np.exp(rng.uniform(math.log(3), math.log(60), arches))
+    good = 0.70 + 0.02 * np.log(slow / 3) / math.log(20) + rng.normal(0, 0.01, arches)
+
+    def config(number: int) -> Config:
+        one = np.random.default_rng([seed, number + 1, 0xB])
+        arch = int(one.integers(arches))
+        loss = abs(one.normal(0, 0.06))  # of a learning rate and loss weights that are not the best
+        return Config(float(good[arch] - loss), float(one.uniform(0.6, 1.4)), float(slow[arch]))
+
+    return config
+
+
+def alike(quality: float = 0.7, planted: float = 0.0, best: int = 3) -> Callable[[int], Config]:
+    """Configurations that are all the same, but for one that is better by `planted`."""
+    return lambda number: Config(quality + (planted if number == best else 0.0), 1.0, 10.0)
+
+
+def told(plan: Plan, trials: Sequence[Trial], race: Sequence[Trial]) -> tuple[int | None, bool, int]:
+    """What the race says: who is better than the experiment as written, whether anything is told apart, its seeds."""
+    found = standing_of(plan, trials, race, 0.0)
+    said = verdict(found, "quality", None, plan.search)
+    return said.winner, any(pair.is_told_apart for pair in found.pairs), found.seeds
+
+
+__all__ = ["AS_WRITTEN", "Config", "World", "alike", "simulate", "spread", "told"]

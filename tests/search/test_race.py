@@ -1,0 +1,103 @@
+import math
+
+import numpy as np
+import pytest
+
+from scalecv.config import Search
+from scalecv.search.race import standing
+from scalecv.search.report import best_trial, verdict
+from scalecv.search.schedule import Plan
+from scalecv.search.trials import AS_WRITTEN, Point, Trial
+from tests.reference.search_sim import World, alike, simulate, spread, told
+
+
+def race(means, seeds, noise=0.01, most=5, seed=0):
+    """All that a race needs, one seed after the other. Returns: how it stands, trainings."""
+    rng, values, count = np.random.default_rng(seed), {}, 0
+    shared = rng.normal(0, 0.05, most)  # what a seed does to all
+    while (found := standing(list(means), values, most)).needs:
+        for entrant, at in found.needs:
+            values.setdefault(entrant, {})[at] = means[entrant] + shared[at] + rng.normal(0, noise)
+            count += 1
+    return found, count
+
+
+def test_an_entrant_that_is_worse_drops_out_and_the_race_ends_early():
+    found, count = race({0: 0.80, 1: 0.60, 2: 0.79, AS_WRITTEN: 0.61}, 5)
+    assert found.order[0] in (0, 2) and set(found.order) == {0, 1, 2, AS_WRITTEN}
+    apart = {frozenset((pair.better, pair.other)): pair.is_told_apart for pair in found.pairs}
+    assert apart[frozenset((found.order[0], 1))] and apart[frozenset((found.order[0], AS_WRITTEN))]
+    assert count < 20
+
+
+def test_what_seeds_do_to_all_alike_is_no_noise():
+    found, _ = race({0: 0.75, AS_WRITTEN: 0.70, 1: 0.70}, 5, noise=0.005)
+    assert found.order[0] == 0 and all(pair.is_told_apart for pair in found.pairs)
+    assert all(pair.low < 0.05 < pair.high + 0.01 for pair in found.pairs)
+
+
+def test_nothing_is_told_apart_where_nothing_differs_and_a_gain_is_found():
+    wrong = [
+        any(pair.is_told_apart for pair in race({0: 0, 1: 0, 2: 0, AS_WRITTEN: 0}, 5, seed=s)[0].pairs)
+        for s in range(200)
+    ]
+    right = [race({0: 0.03, 1: 0, 2: 0, AS_WRITTEN: 0}, 5, seed=s)[0] for s in range(50)]
+    assert np.mean(wrong) <= 0.06  # 0.045 of 3,000
+    best = [any(pair.other == AS_WRITTEN and pair.is_told_apart for pair in found.pairs) for found in right]
+    assert np.mean(best) >= 0.9
+
+
+def test_an_entrant_that_fails_is_out_and_one_alone_is_no_race():
+    values = {0: {0: 0.5, 1: 0.5, 2: 0.51}, 1: {0: math.nan}, AS_WRITTEN: {0: 0.1, 1: 0.1, 2: 0.11}}
+    assert standing([0, 1, AS_WRITTEN], values, 3).order == (0, AS_WRITTEN)
+    assert standing([0, 1], values, 3).order == (0,)
+    assert "failed" in verdict(standing([0, 1], values, 3), "val/iou", None, Search()).sentence
+
+
+@pytest.mark.parametrize(
+    ("means", "winner", "says"),
+    [
+        ((0.8, 0.6), 0, "trial 0 is better than the experiment as written by 0.2000 (val/iou, 95 % "),
+        ((0.6, 0.8), AS_WRITTEN, "the experiment as written is better than trial 0 by 0.2000"),
+        ((0.701, 0.70), None, "no difference found between trial 0 and the experiment as written"),
+    ],
+)
+def test_the_verdict_says_what_the_figures_allow(means, winner, says):
+    shifts = (0.0, 0.01, -0.01)
+    values = {0: {s: means[0] + shift for s, shift in enumerate(shifts)}}
+    values[AS_WRITTEN] = {s: means[1] + (0.002, -0.001, -0.001)[s] + shift for s, shift in enumerate(shifts)}
+    found = verdict(standing([0, AS_WRITTEN], values, 3), "val/iou", None, Search())
+    assert found.winner == winner and says in found.sentence and found.seeds == 3
+
+
+def test_a_cost_is_better_the_smaller():
+    values = {0: {0: 0.2, 1: 0.21, 2: 0.2}, AS_WRITTEN: {0: 0.4, 1: 0.41, 2: 0.4}}
+    found = standing([0, AS_WRITTEN], values, 3, sign=-1.0)
+    assert found.order == (0, AS_WRITTEN) and found.means[0] == pytest.approx(0.2033, abs=1e-3)
+
+
+def test_the_first_of_the_race_is_the_trial_to_use_with_a_bundle_of_the_race_if_it_was_not_finished():
+    plan = Plan(Search(), 9, 1.0, 1.0, False)
+    trials = [Trial(0, {}, "finished", points=(Point(9, 0.9),), bundle="a"), Trial(1, {}, "stopped")]
+    heats = [
+        Trial(n, {}, "finished", points=(Point(9, value),), bundle=str(n), entrant=1, seed=n)
+        for n, value in enumerate((0.5, 0.8, 0.6))
+    ]
+    values = {1: {0: 0.5, 1: 0.8, 2: 0.6}, 0: {0: 0.1, 1: 0.4, 2: 0.2}}
+    best = best_trial(verdict(standing([0, 1], values, 3), "m", None, Search()), trials, heats, plan)
+    assert (best.number, best.bundle, best.status) == (1, "1", "finished")
+    assert best_trial(verdict(standing([], {}, 3), "m", trials[0], Search()), trials, [], plan).number == 0
+
+
+def test_a_whole_sweep_keeps_to_its_budget_and_races_what_it_found():
+    for seed in range(10):
+        world = World(spread(seed), 27, 0.005, 0.005, seed)
+        search = Search(trials=200, budget="60000s")
+        plan, trials, heats, _ = simulate(search, world)
+        spent = sum(one.device_s for one in [*trials, *heats])
+        assert spent / 60000 <= 1.05, seed
+        _, _, seeds = told(plan, trials, heats)
+        assert seeds >= 3
+    world = World(alike(planted=0.1), 9, 0.002, 0.005, 0)
+    plan, trials, heats, _ = simulate(Search(trials=9), world)
+    assert told(plan, trials, heats)[0] == 3
