@@ -1,6 +1,7 @@
 """Where the values of a trial come from: by chance, from a grid, by Optuna, or from another trial of a population."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -40,15 +41,19 @@ def grid_size(base: Experiment, most: int) -> int:
     return sum(1 for _ in islice(grid(base), most))
 
 
-def study_of(plan: Plan, base: Experiment, trials: Sequence[Trial]) -> "optuna.Study":
-    """The records as a study of Optuna, in memory; a paused trial is a pruned one with intermediate values."""
+def study_of(plan: Plan, base: Experiment, trials: Sequence[Trial], *, as_ended: bool = False) -> "optuna.Study":
+    """The records as a study of Optuna, in memory.
+
+    A paused trial is a pruned one with intermediate values; with `as_ended` all that have an objective are complete.
+    """
     import optuna
 
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     down, up = optuna.study.StudyDirection.MINIMIZE, optuna.study.StudyDirection.MAXIMIZE
     directions = [up if plan.sign > 0 else down, *([down] if plan.search.cost else [])]
     study = optuna.create_study(directions=directions)
-    study.add_trials([_frozen(plan, base, one) for one in trials])
+    study.add_trials([_frozen(plan, base, one, as_ended) for one in trials])
     return study
 
 
@@ -133,7 +138,7 @@ def _values(key: str, spec: Spec, given: dict[str, Any]) -> dict[str, Scalar]:
     return {name: rounded(value) if isinstance(value, float) else value for name, value in given.items()}
 
 
-def _frozen(plan: Plan, base: Experiment, trial: Trial) -> Any:
+def _frozen(plan: Plan, base: Experiment, trial: Trial, as_ended: bool) -> Any:
     import optuna
     from optuna.trial import TrialState
 
@@ -150,7 +155,7 @@ def _frozen(plan: Plan, base: Experiment, trial: Trial) -> Any:
     has_all = all(map(math.isfinite, reached))
     if trial.status == "failed":
         state = TrialState.FAIL
-    elif has_all and (trial.status == "finished" or plan.search.cost):
+    elif has_all and (as_ended or trial.status == "finished" or plan.search.cost):
         state = TrialState.COMPLETE  # of two objectives none is pruned
     elif has_all:
         state = TrialState.PRUNED

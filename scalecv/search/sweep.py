@@ -16,13 +16,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from scalecv import runtime, storage
+from scalecv import redact, runtime, storage
 from scalecv.artifacts import spool, tracking
 from scalecv.config import Experiment, dump
 from scalecv.errors import ConfigError, Interrupted, ScalecvError
 from scalecv.search.ledger import Ledger
+from scalecv.search.page import page
+from scalecv.search.pictures import draw_all
 from scalecv.search.race import Standing, next_heat, standing_of
-from scalecv.search.report import Swept, best_trial, entrant_name, table, verdict
+from scalecv.search.report import Swept, Verdict, best_trial, entrant_name, table, verdict
 from scalecv.search.schedule import Plan, best_of, kept_s, leader, next_segment
 from scalecv.search.searchers import check_living, grid_size, perturbed, values_of
 from scalecv.search.segment import run_segment
@@ -41,6 +43,7 @@ SAME_FAILURES = 3
 DEATHS = 2
 """Processes of one segment that may die (a spot machine, a memory limit) before its trial counts as failed."""
 TABLE_S = 30.0
+DRAW_S = 120.0
 WATCH_S = 0.5
 NOTHING = 0.01
 """Share of the budget that is as good as nothing."""
@@ -161,7 +164,9 @@ class _Sweep:
                     f"all {len(self.ledger.trials)} trials failed, such as: {self.ledger.trials[-1].cause}"
                 )
             status = "FINISHED"
-            return self._swept()
+            swept = self._swept()
+            self._report(swept)
+            return swept
         finally:
             self._record()
             spool.append(self.path, {"kind": "end", "status": status})
@@ -263,6 +268,27 @@ class _Sweep:
             self.table_at = time.monotonic()
             spool.append(self.path, {"kind": "text", "file": "trials.md", "text": table(trials, self.metric)})
 
+    def _report(self, swept: Swept) -> None:
+        """The pictures and the page, beside the records and in MLflow."""
+        drawn = self._draw(swept.verdict)
+        step = int(swept.device_s * 1000)
+        for name in drawn:
+            uri = storage.join(self.ledger.home, "pictures", f"{name}.png")
+            spool.append(self.path, {"kind": "image", "uri": uri, "key": f"sweep/{name}", "step": step})
+        spool.append(self.path, {"kind": "text", "file": "verdict.txt", "text": swept.verdict.sentence + "\n"})
+        where = storage.join(self.ledger.home, "report.html")
+        storage.put(where, redact.clean(page(swept, drawn, dump(self.experiment))).encode())
+        spool.append(self.path, {"kind": "artifact", "uri": where, "folder": ""})
+        self._say(f"report    {where}")
+
+    def _draw(self, found: Verdict | None = None) -> dict[str, bytes]:
+        drawn = draw_all(self.plan, self.experiment, self.metric, self.ledger.trials, found)
+        for name, data in drawn.items():
+            uri = storage.join(self.ledger.home, "pictures", f"{name}.png")
+            storage.put(uri, data)
+            spool.append(self.path, {"kind": "artifact", "uri": uri, "folder": "pictures"})
+        return drawn
+
     def _of(self, trial: Trial) -> Experiment:
         made = resolve(self.experiment, trial.overrides)
         track = made.track.model_copy(update={"storage": storage.join(self.ledger.home, "runs")})
@@ -342,7 +368,11 @@ class _Sweep:
 
         Again and again, for a run that is about to begin takes away what lies there.
         """
+        drawn_at = time.monotonic()
         while not ended.wait(WATCH_S):
+            if time.monotonic() - drawn_at > DRAW_S:
+                self._draw()
+                drawn_at = time.monotonic()
             with self.lock:
                 if self._budget_left_s() <= 0 and not self.spent_all.is_set():
                     self.spent_all.set()

@@ -137,7 +137,7 @@ def per_class_png(matrix: Any, classes: Sequence[str]) -> bytes:
     axes.set_yticks(places, labels, fontsize=9 if k <= COUNTS_UP_TO else 7, parse_math=False)
     axes.set_ylim(k - 0.5, -0.5)
     axes.set_xlim(0, 1.02)
-    _plain(axes, "x")
+    plain(axes, "x")
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, fontsize=8)
     return png(page)
 
@@ -161,7 +161,7 @@ def curves_png(history: Sequence[Mapping[str, float]]) -> bytes:
         axes.set_title(title, fontsize=10, color=INK)
         axes.set_xlabel("epoch", fontsize=9)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        _plain(axes, "y")
+        plain(axes, "y")
         if axes.lines:
             axes.legend(frameon=False, fontsize=8)
         else:
@@ -184,7 +184,8 @@ def _line(axes: "Axes", history: Sequence[Mapping[str, float]], key: str, colour
     axes.plot(x, y, color=colour, linewidth=1.6, marker="." if len(x) < 40 else None, label=label)
 
 
-def _plain(axes: "Axes", grid: Literal["x", "y"]) -> None:
+def plain(axes: "Axes", grid: Literal["x", "y"]) -> None:
+    """A chart without a frame, with thin lines across the values."""
     axes.grid(axis=grid, color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=8, length=0)
