@@ -206,24 +206,18 @@ def bracket(search: Search, number: int) -> int:
 def _promote(plan: Plan, trials: Sequence[Trial]) -> Trial | None:
     """The best paused trial among the best 1/eta of its bracket's rung, from the furthest rung on."""
     alive = [(one, bracket(plan.search, one.number), plan.known(one)) for one in trials if one.status != "failed"]
-    deepest = max((begins + len(known.at_rungs) for _, begins, known in alive), default=0)
-    groups: dict[tuple[int, int], list[tuple[Trial, float, bool]]] = {}
-    for one, begins, known in alive:
-        values, last = known.at_rungs, len(known.at_rungs) - 1
-        if one.status == "finished":  # ahead of its end it is compared by all that it has
-            values = (*values, *[known.value] * (deepest - begins - len(values)))
-        for at, value in enumerate(values):
-            here = one.status == "paused" and at == last
-            groups.setdefault((begins, begins + at), []).append((one, value, here))
-    for key in sorted(groups, key=lambda key: -key[1]):
-        rows = groups[key]
-        waits = {one.number for one, _, here in rows if here}
-        if waits and len(rows) >= plan.search.eta:
-            for one in _ranked(plan, [row[0] for row in rows], [row[1] for row in rows])[
-                : len(rows) // plan.search.eta
-            ]:
-                if one.number in waits:
-                    return replace(one, until=plan.after(one))
+    waits = {(begins, len(known.at_rungs) - 1) for one, begins, known in alive if one.status == "paused"}
+    for begins, at in sorted(waits, key=sum, reverse=True):
+        here, values = list[Trial](), list[float]()
+        for one, bracket_of, known in alive:
+            reached = at < len(known.at_rungs)
+            if bracket_of == begins and (reached or one.status == "finished"):
+                here.append(one)
+                # A trial that ended before this rung is compared by all that it has.
+                values.append(known.at_rungs[at] if reached else known.value)
+        for one in _ranked(plan, here, values)[: len(here) // plan.search.eta]:
+            if one.status == "paused" and len(plan.known(one).at_rungs) == at + 1:
+                return replace(one, until=plan.after(one))
     return None
 
 
@@ -269,8 +263,11 @@ def _ranked(plan: Plan, trials: Sequence[Trial], values: Sequence[float]) -> lis
     fronts = [0] * len(trials)
     if plan.search.cost:
         fronts = front_of([(one.cost if one.cost is not None else math.inf) for one in trials], values)
-    rows = zip(trials, values, fronts, strict=True)
-    return [one for one, _, _ in sorted(rows, key=lambda row: (row[2], -row[1], row[0].number))]
+    rows = [
+        (front, -value, one.number, at)
+        for at, (one, value, front) in enumerate(zip(trials, values, fronts, strict=True))
+    ]
+    return [trials[at] for _, _, _, at in sorted(rows)]
 
 
 def front_of(costs: Sequence[float], values: Sequence[float]) -> list[int]:

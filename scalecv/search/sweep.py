@@ -30,6 +30,7 @@ from scalecv.search.searchers import check_living, grid_size, perturbed, values_
 from scalecv.search.segment import run_segment
 from scalecv.search.space import draw, resolve, told
 from scalecv.search.trials import AS_WRITTEN, Point, Trial
+from scalecv.search.under_way import UnderWay
 from scalecv.shards.store import open_dataset
 from scalecv.train import runs
 from scalecv.train.checks import check, check_names, check_network
@@ -124,8 +125,7 @@ class _Sweep:
             search = search.model_copy(update={"trials": grid_size(experiment, search.trials)})
         self.plan = Plan(search, experiment.train.epochs, sign, *ledger.rung)
         self.devices = max(1, experiment.scale.workers)
-        self.under_way: dict[str, tuple[Trial, float]] = {}
-        """Tune's name of a segment -> its trial, and when it began by the monotonic clock."""
+        self.under_way = UnderWay(self.devices)
         self.failure = ""
         self.stopping, self.closing, self.spent_all = threading.Event(), threading.Event(), threading.Event()
         self.lock = threading.RLock()
@@ -189,7 +189,7 @@ class _Sweep:
                 return FINISHED
             trial = replace(trial, status="running")
             self.ledger.keep(trial)
-            self.under_way[tune_id] = trial, time.monotonic()
+            self.under_way.begin(tune_id, trial)
         until = None if trial.until is None else (trial.until, self.plan.in_seconds)
         parent = None if trial.parent is None else self._of(self.ledger.trials[trial.parent]).model_dump(mode="json")
         return {"until": until, "experiment": self._of(trial).model_dump(mode="json"), "parent": parent}
@@ -197,13 +197,13 @@ class _Sweep:
     def ended(self, tune_id: str, result: dict[str, Any] | None) -> None:
         """Record what a segment told; nothing told means that its process died."""
         with self.lock:
-            begun, began = self.under_way.pop(tune_id, (None, 0.0))
+            begun, held_s = self.under_way.end(tune_id)
             if begun is None:
                 return
             trial = self._record_of(begun)
             outcome = result or {"status": "failed", "cause": f"its process died {DEATHS + 1} times: out of memory?"}
             points = tuple(Point(**point) for point in outcome.pop("points", ())) or trial.points
-            spent = trial.device_s + outcome.pop("device_s", (time.monotonic() - began) * self.devices)
+            spent = trial.device_s + outcome.pop("device_s", held_s)
             # What was trained under a driver that was killed counts, too.
             spent = max(spent, points[-1].device_s if points and trial.parent is None else 0.0)
             trial = replace(trial, points=points, device_s=spent, **outcome)
@@ -228,9 +228,8 @@ class _Sweep:
     def _budget_left_s(self) -> float:
         if self.plan.search.budget_s is None:
             return math.inf
-        now = time.monotonic()
-        live = sum((now - began) * self.devices for _, began in self.under_way.values())
-        return self.plan.search.budget_s - live - sum(one.device_s for one in [*self.ledger.trials, *self.ledger.race])
+        spent_s = sum(one.device_s for one in [*self.ledger.trials, *self.ledger.race])
+        return self.plan.search.budget_s - spent_s - self.under_way.held_s
 
     def _search_left_s(self) -> float:
         return self._budget_left_s() - kept_s(self.plan, self.ledger.trials)
@@ -373,11 +372,15 @@ class _Sweep:
             if time.monotonic() - drawn_at > DRAW_S:
                 self._draw()
                 drawn_at = time.monotonic()
+            for name, trial in self.under_way.waiting.items():
+                with contextlib.suppress(OSError, ScalecvError):
+                    if runs.newest(self._of(trial)):
+                        self.under_way.is_seen(name)
             with self.lock:
                 if self._budget_left_s() <= 0 and not self.spent_all.is_set():
                     self.spent_all.set()
                     self._say(f"search.budget={self.plan.search.budget} is spent: trials under way are saved and stop")
-                running = [trial for trial, _ in self.under_way.values()]
+                running = self.under_way.trials
                 is_search = any(one.entrant is None for one in running)
                 if is_search and self._search_left_s() <= 0 and not self.closing.is_set():
                     self.closing.set()

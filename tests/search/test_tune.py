@@ -30,8 +30,8 @@ def command(folder, *more):
     return subprocess.Popen(words, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=log, text=True)
 
 
-def write(experiment, folder, **search):
-    tree = experiment(name="sweep", scale__workers=0, train__epochs=2, train__threads=1).model_dump(mode="json")
+def write(experiment, folder, epochs=2, **search):
+    tree = experiment(name="sweep", scale__workers=0, train__epochs=epochs, train__threads=1).model_dump(mode="json")
     tree["search"] = SEARCH | search
     (Path(folder) / "sweep.yaml").write_text(yaml.safe_dump(tree))
     return config.load(Path(folder) / "sweep.yaml")
@@ -112,6 +112,86 @@ def test_a_driver_that_ends_early_loses_and_repeats_nothing(shapes, tmp_path, ho
     out, _ = job.communicate(timeout=400)
     more = json.loads(out)
     assert len(more["trials"]) == 4 and more["trials"][:3] == told["trials"] and more["sweep_id"] == told["sweep_id"]
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(1800)
+def test_a_driver_killed_at_five_points_ends_with_the_same_trials_and_weights(shapes, tmp_path):
+    quiet, killed = tmp_path / "quiet", tmp_path / "killed"
+    for folder in (quiet, killed):
+        folder.mkdir()
+        # One at a time: which trials are promoted does not hang on which ends first.
+        write(shapes, folder, trials=24, eta=3, concurrent=1, epochs=4)
+        text = (folder / "sweep.yaml").read_text()
+        (folder / "sweep.yaml").write_text(text.replace(f"{tmp_path}/runs", f"{folder}/runs"))
+    out, _ = command(quiet).communicate(timeout=800)
+    expected = json.loads(out)
+    assert {one["status"] for one in expected["trials"]} == {"finished", "stopped"}
+    before = set()
+    for point in range(5):
+        job, records = command(killed), killed / "runs" / "sweep" / "trials"
+        until = time.monotonic() + 300
+        while len([*records.glob("*.json")]) < 3 + 4 * point or checkpoints(killed) <= before:
+            assert time.monotonic() < until and job.poll() is None, (killed / "stderr.txt").read_text()
+            time.sleep(0.05)
+        job.kill()
+        job.communicate(timeout=100)
+        before = checkpoints(killed)
+    out, _ = command(killed).communicate(timeout=800)
+    told = json.loads(out)
+    for name in ("number", "status", "overrides", "weights_hash"):
+        assert [one[name] for one in told["trials"]] == [one[name] for one in expected["trials"]], name
+    assert told["best"]["number"] == expected["best"]["number"] and len(told["trials"]) == 24
+    assert len(of_mlflow(killed)) == 25
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("trials", "workers"), [(100, 1), (6, 2)])
+def test_stopped_trials_leave_no_actor_placement_group_or_file_handle(shapes, tmp_path, trials, workers):
+    import psutil
+    import ray
+    from ray.util import placement_group_table
+
+    from scalecv import runtime
+
+    base = write(shapes, tmp_path, trials=trials, eta=3)
+    base = config.build(config.with_overrides(base.model_dump(mode="json"), {"scale.workers": workers}), "test")
+    runtime.connect(local_cpus=2)
+    try:
+        swept = tune(base)  # what is opened once stays open
+        before = psutil.Process().num_fds()
+        more = config.with_overrides(base.model_dump(mode="json"), {"search.trials": trials + 3})
+        again = tune(config.build(more, "test"))
+        assert sum(one.status == "stopped" for one in swept.trials) >= trials * 2 // 3 - 1
+        assert len(again.trials) == trials + 3 and all(one.status in ("stopped", "finished") for one in again.trials)
+        until = time.monotonic() + 60
+        held = lambda: {group["state"] for group in placement_group_table().values()} - {"REMOVED"}  # noqa: E731
+        while held() or ray.available_resources().get("CPU") != 2:
+            assert time.monotonic() < until, (placement_group_table(), ray.available_resources())
+            time.sleep(0.5)
+        actors = [one for one in ray._private.state.actors().values() if one["State"] != "DEAD"]
+        assert not actors, actors
+        assert psutil.Process().num_fds() <= before + 8
+    finally:
+        runtime.shutdown()
+
+
+@pytest.mark.e2e
+def test_the_best_is_raced_against_the_experiment_as_written_within_the_budget(shapes, tmp_path):
+    write(shapes, tmp_path, trials=2, finalists=1, seeds=3, budget="1h", searcher="optuna")
+    out, _ = command(tmp_path).communicate(timeout=500)
+    said = (tmp_path / "stderr.txt").read_text()
+    told = json.loads(out)
+    expected = {(entrant, seed) for entrant in (told["best"]["number"], -1) for seed in range(3)}
+    assert {(one["entrant"], one["seed"]) for one in told["race"]} == expected, said
+    assert told["verdict"]["seeds"] == 3 and "paired seeds" in told["verdict"]["sentence"], said
+    assert len({one["weights_hash"] for one in told["race"]}) == 6
+    runs = of_mlflow(tmp_path)
+    assert "sweep-race-as-written-seed0" in runs and len(runs) == 1 + 2 + 6
+    page = (tmp_path / "runs" / "sweep" / "report.html").read_text()
+    assert told["verdict"]["sentence"] in page and page.count("data:image/png;base64,") >= 3
+    assert 'src="http' not in page and "<script" not in page
 
 
 @pytest.mark.chaos
