@@ -23,6 +23,13 @@ def confusion(prediction: Tensor, target: Tensor, classes: int, valid: Tensor | 
     return joint(prediction, target, classes, classes, valid)
 
 
+def by_row(prediction: Tensor, target: Tensor, classes: int) -> Tensor:
+    """The matrix of each row, int64 [B, K, K], of [B, H, W]; arguments and errors as those of `confusion`."""
+    first = classes * torch.arange(len(target), device=target.device).view(-1, 1, 1)
+    place = torch.where(target == IGNORE, IGNORE, target + first)
+    return joint(prediction, place, len(target) * classes, classes).view(-1, classes, classes)
+
+
 def joint(found: Tensor, target: Tensor, classes: int, values: int, valid: Tensor | None = None) -> Tensor:
     """int64 [classes, values] counts of (truth, what was found); arguments and errors as those of `confusion`."""
     if found.shape != target.shape:

@@ -1,6 +1,7 @@
 """Sums that grow batch by batch and are added up once over the ranks."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,15 @@ def over_ranks(sums: Mapping[str, Tensor]) -> Sums:
     real = {name: value.detach() for name, value in sorted(sums.items()) if value.is_floating_point()}
     out = _reduced(whole, torch.int64) | _reduced(real, torch.float64)
     return {name: out[name] for name in sums}
+
+
+def everywhere(mine: Any) -> list[Any]:
+    """What each rank has, by rank, on every rank; without a process group the own alone."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [mine]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
 
 
 def _reduced(sums: Mapping[str, Tensor], dtype: torch.dtype) -> Sums:

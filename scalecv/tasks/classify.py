@@ -76,6 +76,13 @@ def predict(logits: Tensor, threshold: float = 0.5) -> tuple[Tensor, Tensor]:
     return probability.argmax(1), probability
 
 
+def rows(logits: Tensor, batch: Batch, threshold: float = 0.5) -> dict[str, Tensor]:
+    """The label int64 [B], the prediction int64 [B], and the probability of the label float32 [B]."""
+    prediction, probability = predict(logits.detach(), threshold)
+    label = batch["label"]
+    return {"label": label, "prediction": prediction, "probability": probability.gather(1, label[:, None])[:, 0]}
+
+
 CLASSIFY = Task(
     name="classify",
     headline="accuracy",
@@ -87,5 +94,6 @@ CLASSIFY = Task(
     score=score,
     summarise=summarise,
     predict=predict,
+    rows=rows,
     tuned=False,
 )

@@ -12,9 +12,10 @@ from scalecv.batches.feed import Feed
 from scalecv.batches.plan import order_sum
 from scalecv.config import Loss
 from scalecv.metrics.binned import confusion_at
-from scalecv.metrics.sums import add, over_ranks
+from scalecv.metrics.sums import add, everywhere, over_ranks
 from scalecv.models.losses import weighted
 from scalecv.tasks.pictures import Sample, to_rgb
+from scalecv.tasks.rows import RowSums
 from scalecv.tasks.task import Task
 
 MOST_PX = 256
@@ -66,9 +67,12 @@ def evaluate(
     class_weights: torch.Tensor | None = None,
     channels_last: bool = False,
     pictures: int = 0,
+    rows: RowSums | None = None,
     each: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Sums of a task's score and of the weighted loss over every row of a feed's split; `each` follows each batch.
+
+    Into `rows` goes what each row of this rank adds to the metrics.
 
     Raises: RuntimeError: other rows were scored than the manifest lists; that would be our own error.
     """
@@ -89,6 +93,8 @@ def evaluate(
         counts = raw["valid"].numpy()
         ids = [row for row, valid_row in zip(raw["id"], counts, strict=True) if valid_row]
         out.order_total += order_sum(raw["position"].numpy()[counts], ids, 0)
+        if rows:
+            rows.add(raw, batch, logits)
         if pictures:
             _keep(out, task, raw, batch, logits, per_sample, pictures)
         each()
@@ -166,7 +172,7 @@ def gather(out: Evaluation, count: int) -> Evaluation:
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return out
-    losses = _everywhere(([pair[0] for pair in out.worst], [pair[0] for pair in out.best], len(out.first)))
+    losses = everywhere(([pair[0] for pair in out.worst], [pair[0] for pair in out.best], len(out.first)))
     high = sorted((loss for rank in losses for loss in rank[0]), reverse=True)[:count]
     low = sorted(loss for rank in losses for loss in rank[1])[:count]
     room = max(0, count - sum(rank[2] for rank in losses[: torch.distributed.get_rank()]))
@@ -175,14 +181,8 @@ def gather(out: Evaluation, count: int) -> Evaluation:
         [pair for pair in out.worst if pair[0] >= high[-1]],
         [pair for pair in out.best if pair[0] <= low[-1]],
     )
-    everyone = _everywhere(mine)
+    everyone = everywhere(mine)
     first = [sample for rank in everyone for sample in rank[0]][:count]
     worst = sorted((pair for rank in everyone for pair in rank[1]), key=lambda pair: -pair[0])[:count]
     best = sorted((pair for rank in everyone for pair in rank[2]), key=lambda pair: pair[0])[:count]
     return replace(out, first=first, worst=worst, best=best)
-
-
-def _everywhere(mine: Any) -> list[Any]:
-    everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, mine)
-    return everyone

@@ -108,6 +108,12 @@ def predict(logits: Tensor, threshold: float = 0.5) -> tuple[Tensor, Tensor]:
     return (p >= threshold).long(), torch.stack([1 - p, p], 1)
 
 
+def rows(logits: Tensor, batch: Batch, threshold: float = 0.5) -> dict[str, Tensor]:
+    """The confusion of the labelled pixels of each image, int64 [B, K, K]."""
+    prediction, _ = predict(logits.detach(), threshold)
+    return {"confusion": numbers.by_row(prediction, batch["mask"], _classes(logits))}
+
+
 def _classes(logits: Tensor) -> int:
     return max(2, logits.shape[1])
 
@@ -129,5 +135,6 @@ SEGMENT = Task(
     score=score,
     summarise=summarise,
     predict=predict,
+    rows=rows,
     tuned=True,
 )

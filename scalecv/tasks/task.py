@@ -61,6 +61,9 @@ class Task:
     predict: "Predict"
     """(logits, threshold) -> class int64 [B] or [B, H, W], probability float32 [B, K] or [B, K, H, W];
     or the image, twice."""
+    rows: "Rows"
+    """(logits, batch, threshold) -> what each row adds to the metrics, by name: label, prediction and probability (of
+    the label), [B]; confusion int64 [B, K, K]; or psnr, ssim (NaN where there is none) and pixels, [B]."""
     tuned: bool
     """Whether two classes get a tuned threshold where train.threshold is empty; else they are told apart at 0.5."""
     prepare: Callable[[Batch], dict[str, Any]] = as_it_is
@@ -82,6 +85,14 @@ class Predict(Protocol):
 
     def __call__(self, logits: Tensor, threshold: float = 0.5) -> tuple[Tensor, Tensor]:
         """Two classes are told apart at the threshold, more by the largest logit."""
+        ...
+
+
+class Rows(Protocol):
+    """What each row adds to the metrics."""
+
+    def __call__(self, logits: Tensor, batch: Batch, threshold: float = 0.5) -> dict[str, Tensor]:
+        """Two classes are told apart at the threshold; rows that are not valid give anything."""
         ...
 
 

@@ -39,7 +39,11 @@ def upscaling(factor: int, pixels: "Pixels") -> Task:
     """The task for one factor and one kind of image."""
     units = Units(pixels.mean, pixels.std, pixels.span or tuple(6 * std for std in pixels.std))
     return replace(
-        UPSCALE, prepare=partial(prepare, factor), score=partial(score, units), draw=partial(draw, factor, units)
+        UPSCALE,
+        prepare=partial(prepare, factor),
+        score=partial(score, units),
+        rows=partial(rows, units),
+        draw=partial(draw, factor, units),
     )
 
 
@@ -81,7 +85,7 @@ def score(units: Units | None, logits: Tensor, batch: Batch) -> dict[str, Tensor
     places = {"psnr": fidelity.has_data_of(truth), "ssim": fidelity.whole_windows(truth)}
     counted = {measure: where.flatten(1).any(1) & valid for measure, where in places.items()}
     sums: dict[str, Tensor] = {"rows": valid.sum()} | {f"{name}_rows": rows.sum() for name, rows in counted.items()}
-    units = units or Units((0.0,) * truth.shape[1], (1.0,) * truth.shape[1], (1.0,) * truth.shape[1])
+    units = units or _plain(truth)
     known = _as_files(truth, units)
     for name, images in rivals.items():
         shown = _as_files(images, units)
@@ -99,6 +103,19 @@ def summarise(sums: Mapping[str, Tensor], classes: Sequence[str], threshold: flo
 def predict(logits: Tensor, threshold: float = 0.5) -> tuple[Tensor, Tensor]:
     """The image, float32 [B, C, H, W], normalised; there is no probability beside it."""
     return logits.float(), logits.float()
+
+
+def rows(units: Units | None, logits: Tensor, batch: Batch, threshold: float = 0.5) -> dict[str, Tensor]:
+    """Psnr and ssim of each image, float64 [B], NaN where it has none, and its pixels with data, int64 [B]."""
+    truth, units = batch["truth"], units or _plain(batch["truth"])
+    shown, known = _as_files(logits.detach(), units), _as_files(truth, units)
+    pixels = fidelity.has_data_of(truth).flatten(1).sum(1)
+    has_window = fidelity.whole_windows(truth).flatten(1).any(1)
+    return {
+        "psnr": torch.where(pixels > 0, fidelity.psnr(shown, known, units.span), torch.nan),
+        "ssim": torch.where(has_window, fidelity.ssim(shown, known, units.span), torch.nan),
+        "pixels": pixels,
+    }
 
 
 def draw(factor: int, units: Units, samples: Sequence["Sample"], classes: Sequence[str], title: str) -> bytes:
@@ -128,6 +145,12 @@ def _alike(images: Sequence[np.ndarray]) -> list[np.ndarray]:
     return [one.clip(0, 255).round().astype(np.uint8) for one in shown]
 
 
+def _plain(truth: Tensor) -> Units:
+    """For values that are in the units of the files already, of a range of 1."""
+    bands = truth.shape[1]
+    return Units((0.0,) * bands, (1.0,) * bands, (1.0,) * bands)
+
+
 def _as_files(values: Tensor, units: Units) -> Tensor:
     """Normalised values in the units of the files, float64."""
     mean, std = (
@@ -147,6 +170,7 @@ UPSCALE = Task(
     score=partial(score, None),
     summarise=summarise,
     predict=predict,
+    rows=partial(rows, None),
     tuned=False,
     prepare=partial(prepare, 2),
 )
