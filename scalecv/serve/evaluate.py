@@ -60,7 +60,7 @@ def evaluate(
         split: train, val or test.
         version: version of the dataset; None takes the newest.
         batch: images at a time.
-        to: folder for pictures and tables; None writes none.
+        to: folder for pictures, tables, and what each row adds to the metrics (see artifacts.scores); None writes none.
         allow_import: let a bundle whose network is the user's own function import it.
         tell: called with progress events.
     Raises: DataError: the dataset does not fit the model: bands, kind or classes.
@@ -70,10 +70,12 @@ def evaluate(
 
     import torch
 
+    from scalecv.artifacts import scores
     from scalecv.batches.feed import Feed
     from scalecv.batches.plan import order_hash
     from scalecv.tasks import evaluate as scoring
     from scalecv.tasks import task_for
+    from scalecv.tasks.rows import RowSums
 
     opened = bundle.open_bundle(tracking.lookup(model), allow_import=allow_import)
     dataset = open_dataset(dataset_uri, version)
@@ -85,6 +87,7 @@ def evaluate(
     tell({"kind": "progress", "message": f"scoring {dataset.manifest.splits[split]:,} rows of {split} on {device}"})
     began = time.perf_counter()
     loss = Loss.model_validate(opened.facts.loss)
+    rows = RowSums(task, dataset.manifest.splits[split], opened.facts.threshold)
     checked = scoring.evaluate(
         opened.model.to(device),
         task,
@@ -92,12 +95,23 @@ def evaluate(
         device,
         loss=loss,
         pictures=16 if to else 0,
+        rows=rows if to else None,
     ).at(opened.facts.threshold)
     took = time.perf_counter() - began
     named = task.summarise(checked.sums, opened.facts.classes, checked.threshold)
     metrics = {f"{split}/{name}": value for name, value in named.items()}
     metrics[f"{split}/loss"] = float(checked.sums["loss"].item()) / max(1, checked.rows)
     if to:
+        about = scores.About(
+            task=task.name,
+            split=split,
+            fingerprint=dataset.manifest.fingerprint,
+            rows=checked.rows,
+            classes=opened.facts.classes,
+            threshold=checked.threshold,
+            weights_hash=opened.facts.weights_hash,
+        )
+        scores.write(rows, about, storage.absolute(to))
         report.draw(task, checked, opened.facts.classes, storage.absolute(to), split, step=0)
     return Result(
         run_id=model.removeprefix("runs:/").partition("/")[0] if model.startswith("runs:/") else None,

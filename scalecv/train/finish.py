@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from scalecv import storage
-from scalecv.artifacts import bundle
+from scalecv.artifacts import bundle, scores
 from scalecv.artifacts import report as reports
 from scalecv.batches.pixels import Pixels
 from scalecv.errors import IntegrityError
@@ -14,13 +14,14 @@ from scalecv.models.facts import latency_ms, model_facts
 from scalecv.shards.store import Dataset
 from scalecv.tasks import pictures
 from scalecv.tasks.evaluate import Evaluation, gather
+from scalecv.tasks.rows import RowSums
 from scalecv.train import checkpoint, loop
 from scalecv.train.job import Job
 from scalecv.train.loop import Event, Setup, State
 from scalecv.train.memory import peak_mb
 from scalecv.train.saving import facts_of, from_rank_0, now_ms
 from scalecv.train.step import autocast
-from scalecv.train.threshold import chosen, fixed
+from scalecv.train.threshold import TUNED, chosen, fixed
 from scalecv.train.writer import on_host
 
 
@@ -35,25 +36,30 @@ def finish(setup: Setup, state: State, job: Job, dataset: Dataset, pixels: Pixel
         state.model.load_state_dict(bundle.read_weights(top.uri, facts))
         best_epoch = facts.epoch
     metrics: dict[str, float] = {}
-    train, threshold = setup.experiment.train, fixed(setup.experiment.train)
+    train, best_hash = setup.experiment.train, bundle.weights_hash(state.model.state_dict())
+    epoch: dict[str, float] = next((one for one in state.history if one["epoch"] == best_epoch), {})
+    threshold = epoch.get(TUNED, fixed(train))
     events: list[Event] = [{"kind": "progress", "message": f"passed over {reason}"} for reason in skipped]
     for split in ("val", "test"):
         if split in setup.feeds:
-            checked = gather(
-                loop.validate(
-                    setup,
-                    state.model,
-                    split,
-                    each=lambda: loop.obey(setup),
-                    pictures=setup.experiment.track.pictures,
-                    size=state.micro_batch,
-                ),
-                setup.experiment.track.pictures,
-            )
+            checked, rows = _scored(setup, state, split, threshold)
             if split == "val":
                 threshold = chosen(train, setup.task, checked)
                 events += _told(setup, checked, threshold)
+                if threshold != rows.threshold:  # it was not foreseen: a checkpoint of an earlier version
+                    checked, rows = _scored(setup, state, split, threshold)
             checked = checked.at(threshold)
+            about = scores.About(
+                task=setup.task.name,
+                split=split,
+                fingerprint=dataset.manifest.fingerprint,
+                rows=checked.rows,
+                classes=pixels.classes,
+                threshold=threshold,
+                weights_hash=best_hash,
+            )
+            if kept := scores.write(rows, about, job.run if setup.rank == 0 else ""):
+                events.append({"kind": "artifact", "uri": kept, "folder": scores.FOLDER})
             metrics |= loop.summary(setup, checked, split)
             metrics[f"{split}/rows"] = float(checked.rows)
             if "probabilities" in checked.sums:
@@ -93,6 +99,22 @@ def finish(setup: Setup, state: State, job: Job, dataset: Dataset, pixels: Pixel
         "data_wait_share": sorted(waits)[len(waits) // 2],
         "best_epoch": best_epoch,
     }
+
+
+def _scored(setup: Setup, state: State, split: str, threshold: float) -> tuple[Evaluation, RowSums]:
+    """A split scored, the pictures of all ranks, and of this rank what each row adds to the metrics."""
+    pictures = setup.experiment.track.pictures
+    rows = RowSums(setup.task, setup.feeds[split].dataset.manifest.splits[split], threshold)
+    checked = loop.validate(
+        setup,
+        state.model,
+        split,
+        each=lambda: loop.obey(setup),
+        pictures=pictures,
+        size=state.micro_batch,
+        rows=rows,
+    )
+    return gather(checked, pictures), rows
 
 
 def _told(setup: Setup, checked: Evaluation, threshold: float) -> list[Event]:

@@ -22,6 +22,7 @@ from scalecv.batches.plan import order_sum
 from scalecv.config import Experiment
 from scalecv.errors import ScalecvError
 from scalecv.tasks.evaluate import Evaluation, evaluate, gather
+from scalecv.tasks.rows import RowSums
 from scalecv.tasks.task import Task
 from scalecv.train import micro_batch, threshold
 from scalecv.train.gallery import Gallery
@@ -207,6 +208,9 @@ def _close_epoch(setup: Setup, state: State, told: dict[str, float]) -> None:
 
         kept = setup.gallery.samples(state.epoch)
         checked = validate(setup, state.model, "val", each, pictures=kept, size=state.micro_batch)
+        tuned = threshold.chosen(train, setup.task, checked)
+        if tuned != threshold.fixed(train):
+            scores[threshold.TUNED] = tuned
         checked = checked.at(threshold.fixed(train))
         if kept:
             classes = setup.feeds["val"].pixels.classes
@@ -259,7 +263,13 @@ def _same_buffers(model: torch.nn.Module) -> None:
 
 
 def validate(
-    setup: Setup, model: torch.nn.Module, split: str, each: Callable[[], None], pictures: int = 0, size: int = 0
+    setup: Setup,
+    model: torch.nn.Module,
+    split: str,
+    each: Callable[[], None],
+    pictures: int = 0,
+    size: int = 0,
+    rows: RowSums | None = None,
 ) -> Evaluation:
     """Score a split with the loss and precision of the run.
 
@@ -270,6 +280,7 @@ def validate(
         each: called after each batch, on all ranks.
         pictures: samples to keep.
         size: most rows that go through at once; 0 means a whole batch.
+        rows: where what each row adds to the metrics is kept.
     """
     with autocast(setup):
         return evaluate(
@@ -281,6 +292,7 @@ def validate(
             class_weights=setup.class_weights,
             channels_last=setup.experiment.train.channels_last,
             pictures=pictures,
+            rows=rows,
             each=each,
         )
 

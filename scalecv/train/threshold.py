@@ -2,7 +2,8 @@
 
 While training goes on, validation tells classes apart at the fixed threshold or at 0.5: the curves of epochs, early
 stopping and the choice of the best weights then compare weights, not thresholds. The tuned one comes from the counts of
-the one validation that is made of the best weights anyway (see metrics.binned).
+the one validation that is made of the best weights anyway (see metrics.binned). The epoch that made them foresees it,
+so that what each row adds to the metrics can be kept at it.
 """
 
 from typing import TYPE_CHECKING
@@ -13,6 +14,9 @@ from scalecv.tasks.task import Task
 
 if TYPE_CHECKING:
     from scalecv.tasks.evaluate import Evaluation
+
+TUNED = "val/tuned_threshold"
+"""Metric of an epoch: what `chosen` says of its weights, where that is not `fixed`."""
 
 
 def fixed(train: Train) -> float:
