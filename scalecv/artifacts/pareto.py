@@ -73,7 +73,7 @@ def of_records(records: Sequence[Record], x: str, metric: str | None = None) -> 
     """
     if len(records) < 2:
         raise UserError("pareto needs at least two runs: name each as runs:/ID or by its name")
-    metric = metric or _headline(records)
+    metric = metric or headline(records)
     larger = not is_cost(metric)
     sign = 1 if larger else -1
     found = [(_cost(one, x), sign * _quality(one, metric), one) for one in records]
@@ -132,7 +132,7 @@ def _cost(record: Record, x: str) -> float:
     return float(value)
 
 
-def _headline(records: Sequence[Record]) -> str:
+def headline(records: Sequence[Record]) -> str:
     """The task's own metric: on val, or on test where some run has no val."""
     name = TASKS[str(records[0].experiment["task"])].headline
     return f"{'val' if all(f'val/{name}' in one.metrics for one in records) else 'test'}/{name}"

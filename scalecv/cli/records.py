@@ -14,6 +14,7 @@ Places = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Where it runs, as data.uri=s3://bucket/copy or scale.gpu=no."),
 ]
+RunNames = Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="runs:/ID, or names of runs.")]
 InExperiment = Annotated[str, typer.Option("--experiment", help="MLflow experiment in which names are looked up.")]
 
 
@@ -54,37 +55,37 @@ def reproduce(
 
 
 def compare(
-    a: RunName,
-    b: RunName,
+    runs: RunNames,
+    metric: Annotated[str | None, typer.Option(help="As test/iou; the task's own on val by default.")] = None,
+    chart: Annotated[str | None, typer.Option(help="PNG file for the differences and their intervals.")] = None,
     experiment: InExperiment = "scalecv",
     as_json: Json = False,
 ) -> None:
-    """Name the first difference between two runs' inputs, then all of them, and their metrics side by side."""
-    from scalecv.artifacts.compare import compare as beside
+    """Say whether runs differ in quality, and in which inputs; runs that differ in seed alone count as one."""
+    from scalecv import storage
+    from scalecv.artifacts.compare import compare_records
+    from scalecv.artifacts.record import read_record
+    from scalecv.artifacts.verdict import picture, verdict
+    from scalecv.errors import UserError
 
-    found = beside(a, b, experiment)
+    if len(runs) < 2:
+        raise UserError("compare needs at least two runs: name each as runs:/ID or by its name")
+    records = [read_record(run, experiment) for run in runs]
+    found = verdict(records, metric)
+    if chart:
+        storage.put(storage.absolute(chart), picture(found))
+    beside = compare_records(*records) if len(records) == 2 else None
     if as_json:
-        print_json(
-            {
-                "a": {"run_id": found.a.run_id, "name": found.a.name},
-                "b": {"run_id": found.b.run_id, "name": found.b.name},
-                "first_difference": asdict(found.first) if found.first else None,
-                "differences": [asdict(one) for one in found.differences],
-                "metrics": _beside(found.metrics, "a", "b"),
-                "order_hash_equal": found.order_equal,
-                "weights_hash_equal": found.weights_equal,
-                "first_step": found.parting.step if found.parting else None,
-                "parting": asdict(found.parting) if found.parting else None,
-                "common_points": found.points,
-            }
-        )
+        print_json({**(_as_json(beside) if beside else {}), "verdict": asdict(found), "chart": chart})
         return
-    for line in _lines(found):
+    lines = [pair.sentence for pair in found.pairs] + ([found.note] if found.note else [])
+    lines += ["", *_lines(beside)] if beside else ["", *_groups(found, records)]
+    for line in lines:
         sys.stdout.write(line + "\n")
 
 
 def pareto(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="runs:/ID, or names of runs.")],
+    runs: RunNames,
     x: Annotated[
         str, typer.Option("--x", help="Cost: latency_ms, parameters, flops, peak_memory_mb or train_s.")
     ] = "latency_ms",
@@ -112,6 +113,33 @@ def pareto(
         sys.stdout.write(line + "\n")
     if found.note:
         sys.stderr.write(found.note + "\n")
+
+
+def _as_json(found: Any) -> dict[str, Any]:
+    """A comparison of two runs as `--json` has it."""
+    return {
+        "a": {"run_id": found.a.run_id, "name": found.a.name},
+        "b": {"run_id": found.b.run_id, "name": found.b.name},
+        "first_difference": asdict(found.first) if found.first else None,
+        "differences": [asdict(one) for one in found.differences],
+        "metrics": _beside(found.metrics, "a", "b"),
+        "order_hash_equal": found.order_equal,
+        "weights_hash_equal": found.weights_equal,
+        "first_step": found.parting.step if found.parting else None,
+        "parting": asdict(found.parting) if found.parting else None,
+        "common_points": found.points,
+    }
+
+
+def _groups(found: Any, records: list[Any]) -> list[str]:
+    """The configurations of a verdict, each run with its metric as it was recorded."""
+    recorded = {one.run_id: one.metrics.get(f"best/{found.metric}", one.metrics.get(found.metric)) for one in records}
+    rows = [
+        (group.name, f"runs:/{run}", str(seed), _number(recorded[run]), "; ".join(group.differs))
+        for group in found.groups
+        for run, seed in zip(group.runs, group.seeds, strict=True)
+    ]
+    return _table([("configuration", "run", "seed", found.metric, "differs from the first in"), *rows])
 
 
 def _lines(found: Any) -> list[str]:
