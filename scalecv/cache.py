@@ -2,20 +2,24 @@
 
     DIR/scalecv-cache/NAME        what a name stands for, whole; its modification time says when it was last used
                       NAME.part   being fetched: who holds its lock is at it, and loses the lock when he dies
+                      NAME.slots  filled in place by several processes at a time (see batches/shared_pixels.py)
                       total       bytes in the folder or more, changed under the lock
                       lock
 
-A name says what the bytes are (their hash), so nothing is ever out of date. Names are taken back by nobody but the
-reader, who compares the bytes with the hash that the manifest holds: nothing in this folder is believed.
+A name says what the bytes are (their hash, or that of what they are made from), so nothing is ever out of date. Names
+are taken back by nobody but the reader, who compares the bytes with the hash that the manifest holds: nothing in this
+folder is believed.
 What a disk refuses ends the cache of this process with one warning, and never the training.
 """
 
 import contextlib
+import errno
 import fcntl
 import logging
 import mmap
 import os
 import re
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -24,8 +28,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from scalecv.config import Cache
+
 FOLDER = "scalecv-cache"
-PART = ".part"
+PART, SLOTS = ".part", ".slots"
 LOW_WATER = 0.9
 """Share of the cap that is left when room is made, so that it is seldom made."""
 OWN_BYTES = 4096
@@ -60,6 +66,11 @@ class NodeCache:
         """Where the files lie."""
         return Path(self.dir, FOLDER)
 
+    @classmethod
+    def of(cls, cache: Cache) -> "NodeCache":
+        """The one that an experiment names, or else that of this user."""
+        return cls(os.path.abspath(os.path.expanduser(cache.dir or user_folder())), int(cache.max_gb * 1e9))
+
     def read(self, name: str, size_bytes: int) -> memoryview | None:
         """The bytes of a name, mapped from its file and not compared with anything; None where they are not there."""
         if self in _off:
@@ -92,6 +103,40 @@ class NodeCache:
                 path.unlink()
                 self._set_total(max(0, self._total() - size))
 
+    def slots(self, name: str, slot_bytes: int, most: int) -> int | None:
+        """An open file of equal slots, all zeros at first, which processes of this node read and write side by side.
+
+        Args:
+            name: what lies in the slots.
+            slot_bytes: size of one.
+            most: slots that are wanted; fewer where new ones would take more than half of what is free on the disk.
+
+        Returns: a file descriptor; None where the cap allows no slot.
+        Raises: OSError: the disk refuses, or others than this user may write into the folder.
+        """
+        self._enter()
+        found = self.folder.stat()
+        if found.st_uid != os.getuid() or found.st_mode & 0o022:
+            raise PermissionError(errno.EPERM, f"{self.folder} can be written by others")
+        path = self.folder / (name + SLOTS)
+        with self._locked():
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                os.utime(handle)
+                size = os.fstat(handle).st_size
+                room = size + shutil.disk_usage(self.folder).free // 2
+                fits = min(most, room // slot_bytes) * slot_bytes
+                if fits > size and self._has_room(fits - size):
+                    os.ftruncate(handle, fits)
+                elif size < slot_bytes:
+                    path.unlink(missing_ok=True)
+                    os.close(handle)
+                    return None
+            except OSError:
+                os.close(handle)
+                raise
+        return handle
+
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator["Part | None"]:
         """A place to write a name to, once no other process or thread is at it; afterwards `read` may find it.
@@ -115,11 +160,7 @@ class NodeCache:
         """An open part that this process holds the lock of."""
         if self in _off:
             return None
-        if self not in _swept:
-            os.makedirs(self.folder, mode=0o700, exist_ok=True)
-            with self._locked():
-                self._make_room(0)
-            _swept.add(self)
+        self._enter()
         path, ends = self.folder / (name + PART), time.monotonic() + WAIT_S
         while True:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -134,19 +175,33 @@ class NodeCache:
                 return None
             time.sleep(0.005)
 
+    def _enter(self) -> None:
+        """Make the folder, and once in a process remove what dead ones left there."""
+        if self not in _swept:
+            os.makedirs(self.folder, mode=0o700, exist_ok=True)
+            with self._locked():
+                self._make_room(0)
+            _swept.add(self)
+
     def _reserve(self, handle: int, size_bytes: int) -> bool:
-        """Give a part its size, where the cap allows it after what was used longest ago is gone."""
+        """Give a part its size, where the cap allows it."""
         with self._locked():
-            total, cap = self._total(), self.max_bytes - OWN_BYTES
-            if size_bytes > LOW_WATER * cap:
+            if not self._has_room(size_bytes):
                 return False
-            if total + size_bytes > cap:
-                total = self._make_room(size_bytes)
-            if total + size_bytes > cap:  # others are writing all of it
-                return False
-            self._set_total(total + size_bytes)  # first: whoever dies here has counted too much, never too little
             os.ftruncate(handle, size_bytes)
             return True
+
+    def _has_room(self, size_bytes: int) -> bool:
+        """Count bytes that are to come, where the cap allows them after what was used longest ago is gone."""
+        total, cap = self._total(), self.max_bytes - OWN_BYTES
+        if size_bytes > LOW_WATER * cap:
+            return False
+        if total + size_bytes > cap:
+            total = self._make_room(size_bytes)
+        if total + size_bytes > cap:  # others are writing all of it
+            return False
+        self._set_total(total + size_bytes)  # first: whoever dies here has counted too much, never too little
+        return True
 
     def _make_room(self, size_bytes: int) -> int:
         """Remove what dead processes left, and then what was used longest ago until `size_bytes` fit; the total."""

@@ -8,8 +8,9 @@ import math
 import threading
 import time
 import weakref
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -19,6 +20,8 @@ import torch
 
 from scalecv.batches import crops, transforms
 from scalecv.batches.pixels import Pixels
+from scalecv.batches.shared_pixels import SharedPixels
+from scalecv.batches.slots import Fixed
 from scalecv.config import Augment
 from scalecv.errors import DataError, IntegrityError
 from scalecv.schema import IGNORE, Batch
@@ -44,22 +47,41 @@ def sample(
     Returns: image [C, H, W] in how.dtype (memory order H, W, C), mask int64 [H, W] with class numbers or None. The
         image may lie in memory of this thread, which its next call writes over.
     """
-    share = how.augment.resized_crop if u is not None and how.size_px else None
-    array, box = _decoded(image, share if mask is None else None, u)
+    crop = how.augment.resized_crop if u is not None and how.size_px else None
+    array, box = _decoded(image, crop if mask is None else None, u)
+    return _varied(_fixed(array, mask, nodata, how, out, resizes=crop is None), how, u, box, out)
+
+
+def _fixed(
+    array: np.ndarray, mask: bytes | None, nodata: float | None, how: Pixels, out: torch.Tensor | None, *, resizes: bool
+) -> Fixed:
+    """All of a row's way that is the same each time, from its pixels [H, W, C] on."""
     target = None if mask is None or how.marks_data else torch.from_numpy(_classes(decode.decode_mask(mask), how))
-    picture, missing = image_of(array, nodata, how)
+    picture, gone = image_of(array, nodata, how)
+    missing = None if gone is None else torch.from_numpy(gone)
     if how.marks_data:
         target = torch.zeros(array.shape[:2], dtype=torch.int64)
     if target is not None and missing is not None:
-        target[torch.from_numpy(missing)] = IGNORE
-    keeps = u is not None and missing is not None and how.augment.changes_values
-    planes = transforms.with_missing(target, torch.from_numpy(missing) if keeps else None)
-    if how.size_px and share is None:
-        picture, planes = transforms.resize(picture, planes, how.size_px, how.resize, out)
+        target[missing] = IGNORE
+    if not (how.size_px and resizes):
+        return Fixed(picture, target, missing)
+    planes = transforms.with_missing(target, missing)
+    picture, planes = transforms.resize(picture, planes, how.size_px, how.resize, out)
+    has = {"has_mask": target is not None, "has_missing": missing is not None}
+    return Fixed(picture, *transforms.without_missing(planes, **has))
+
+
+def _varied(
+    row: Fixed, how: Pixels, u: np.ndarray | None, box: transforms.Box | None, out: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What the draws make of a row; `box` is its crop, where that is known."""
     if u is None:
-        return picture, planes
-    picture, planes = transforms.move(picture, planes, how.augment, u, how.size_px, box, out)
-    target, gone = transforms.without_missing(planes, has_mask=target is not None, has_missing=keeps)
+        return row.image, row.target
+    missing = row.missing if how.augment.changes_values else None
+    planes = transforms.with_missing(row.target, missing)
+    picture, planes = transforms.move(row.image, planes, how.augment, u, how.size_px, box, out)
+    has = {"has_mask": row.target is not None, "has_missing": missing is not None}
+    target, gone = transforms.without_missing(planes, **has)
     return transforms.recolour(picture, how.augment, u, how.mean, how.std, gone), target
 
 
@@ -160,6 +182,8 @@ class Row(NamedTuple):
     label: str | None
     draw: int = 0
     """How often it was drawn before in this epoch."""
+    number: int | None = None
+    """Its place in the split; None where that is not known."""
 
 
 class Blocks:
@@ -194,6 +218,7 @@ def fill(
     pool: ThreadPoolExecutor,
     parts: int,
     blocks: Blocks | None = None,
+    shared: SharedPixels | None = None,
 ) -> "Filling":
     """Start decoding a batch on `pool`; `Filling.wait` gives it. `seeds`: (seed, epoch), None does not augment."""
     numbers = {name: place for place, name in enumerate(how.classes)}
@@ -204,17 +229,16 @@ def fill(
         began = time.perf_counter()
         mine = range(first, len(rows), parts)
         chances = {at: None if seeds is None else transforms.draws(*seeds, rows[at].id, rows[at].draw) for at in mine}
+        kept = [at for at in mine if shared and shared.has(rows[at])]
+        if shared and kept:
+            _put_shared(rows, how, {at: chances.pop(at) for at in kept}, memory, masks, shared)
         done = _cropped(rows, how, chances, memory)
-        for at in mine:
+        for at in chances:
             if at in done:
                 continue
             row, u = rows[at], chances[at]
-            try:
+            with _told(row):
                 image, masks[at] = sample(row.image, row.mask, row.nodata, how, u, memory.at(at))
-            except (decode.BadImage, IntegrityError) as error:
-                raise IntegrityError(
-                    f"{row.where}, row {row.id}: {error}; it was readable at ingest: run `scalecv data verify`"
-                ) from None
             memory.put(at, image)
         return time.perf_counter() - began
 
@@ -223,6 +247,50 @@ def fill(
     if rows and rows[0].mask is None:
         labels = np.array([numbers[r.label] if r.label is not None else -1 for r in rows], np.int64)
     return Filling(futures, memory, masks, labels, [r.id for r in rows], [r.path for r in rows])
+
+
+@contextmanager
+def _told(row: Row) -> Iterator[None]:
+    """Errors with the row's place."""
+    try:
+        yield
+    except (decode.BadImage, IntegrityError) as error:
+        raise IntegrityError(
+            f"{row.where}, row {row.id}: {error}; it was readable at ingest: run `scalecv data verify`"
+        ) from None
+
+
+def _put_shared(
+    rows: list[Row],
+    how: Pixels,
+    chances: Mapping[int, np.ndarray | None],
+    memory: "_Memory",
+    masks: list[Any],
+    shared: SharedPixels,
+) -> None:
+    """Put those rows into the batch which any process of this node decodes for all."""
+    layout = shared.layout
+
+    def place(at: int) -> torch.Tensor:
+        known = None if shared.whole or not how.size_px else memory.at(at)
+        if known is not None:
+            return known
+        size_bytes = layout.image_bytes
+        own = _own_memory(size_bytes)[:size_bytes] if size_bytes <= LARGEST_KEPT else np.empty(size_bytes, np.uint8)
+        return torch.from_numpy(own.view(layout.dtype).reshape(layout.shape)).permute(2, 0, 1)
+
+    def decoded(at: int) -> Fixed:
+        row = rows[at]
+        if not shared.whole and _cropped(rows, how, {at: None}, memory):
+            return Fixed(place(at))
+        with _told(row):
+            array, _ = _decoded(row.image, None, None)
+            return _fixed(array, row.mask, row.nodata, how, memory.at(at), resizes=not shared.whole)
+
+    numbers = {at: rows[at].number or 0 for at in chances}
+    for at, fixed in shared.each(numbers, place, decoded):
+        image, masks[at] = _varied(fixed, how, chances[at], None, memory.at(at))
+        memory.put(at, image)
 
 
 def _cropped(rows: list[Row], how: Pixels, chances: Mapping[int, np.ndarray | None], memory: "_Memory") -> set[int]:

@@ -98,7 +98,7 @@ def _library() -> Path:
 
     Raises: OSError, subprocess.SubprocessError: no compiler, or it refuses.
     """
-    name = hashlib.sha256(SOURCE.read_bytes() + platform.machine().encode() + _processor()).hexdigest()[:32]
+    name = hashlib.sha256(SOURCE.read_bytes() + platform.machine().encode() + processor()).hexdigest()[:32]
     target = user_folder() / "native" / f"crops-{name}.so"
     if target.exists():
         return _own(target)
@@ -132,7 +132,7 @@ def _own(file: Path) -> Path:
     return file
 
 
-def _processor() -> bytes:
+def processor() -> bytes:
     """What -march=native may depend on: a home folder can be shared by machines of several kinds."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

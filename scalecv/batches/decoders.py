@@ -18,6 +18,7 @@ import torch
 from scalecv.batches import crops
 from scalecv.batches.collate import Blocks, Row, fill
 from scalecv.batches.pixels import Pixels
+from scalecv.batches.shared_pixels import SharedPixels
 from scalecv.errors import IntegrityError
 from scalecv.schema import Batch
 
@@ -36,6 +37,8 @@ class Shared:
         self.blocks = Blocks()
         self.is_asked = False
         """Whether CPUs of the cluster were asked to decode."""
+        self.is_told = False
+        """Whether it was said that decoded images are kept."""
         self._ready, self._called, self._lock = 0, list[Any](), threading.Lock()
 
     def ask(self, count: int) -> None:
@@ -66,7 +69,9 @@ class Pending(Protocol):
 class Decoders:
     """Decodes the batches of one feed; closing it ends the threads."""
 
-    def __init__(self, how: Pixels, threads: int, mode: str, ranks: int, shared: Shared) -> None:
+    def __init__(
+        self, how: Pixels, threads: int, mode: str, ranks: int, shared: Shared, pixels: SharedPixels | None = None
+    ) -> None:
         """Start the threads.
 
         Args:
@@ -75,12 +80,19 @@ class Decoders:
             mode: trainer (threads alone), cluster, or auto (the cluster once training waits).
             ranks: that share the cluster's free CPUs.
             shared: what other epochs of the feed have chosen and kept.
+            pixels: decoded images of this node, which the threads use; tasks elsewhere do not.
         """
+        if pixels and mode == "auto":
+            mode = "trainer"
+        self.pixels = pixels
         self.how, self.threads, self.mode, self.ranks, self.shared = how, threads, mode, ranks, shared
         self.notes: list[str] = []
         """What was chosen and why; taken by whoever tells it."""
         self.given_away = 0
         """Batches that tasks decoded."""
+        if pixels and not shared.is_told:
+            shared.is_told = True
+            self.notes.append(pixels.told)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self._pool.submit(crops.load)  # while the first row groups are read
         self._here, self._away = 0, 0
@@ -122,13 +134,15 @@ class Decoders:
     def close(self) -> None:
         """End the threads."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+        if self.pixels:
+            self.pixels.close()
 
     def here(self, rows: list[Row], seeds: tuple[int, int] | None) -> tuple[Batch, float]:
         """Decode a batch by the threads, now."""
         return self._fill(rows, seeds).wait()
 
     def _fill(self, rows: list[Row], seeds: tuple[int, int] | None) -> Pending:
-        return fill(rows, self.how, seeds, self._pool, 2 * self.threads, self.shared.blocks)
+        return fill(rows, self.how, seeds, self._pool, 2 * self.threads, self.shared.blocks, self.pixels)
 
     def done(self, *, here: bool) -> None:
         """A batch was taken."""

@@ -66,7 +66,7 @@ class Epoch:
         self._ready: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._room = threading.Condition()
         self._stop = threading.Event()
-        self.decoders = Decoders(feed.pixels, feed.threads, feed.decode, feed.ranks, feed._shared)
+        self.decoders = Decoders(feed.pixels, feed.threads, feed.decode, feed.ranks, feed._shared, feed.open_pixels())
         self._thread = threading.Thread(target=self._produce, name=f"feed-{feed.split}-{epoch}", daemon=True)
         self._thread.start()
 
@@ -137,7 +137,7 @@ class Epoch:
     def _columns(self, groups: Groups, group: int, table: Any) -> "Columns":
         """A row group's columns; those of the next one that is whole in the place of a damaged one."""
         if not isinstance(table, IntegrityError):
-            return Columns(groups[group], self._feed.dataset, table)
+            return Columns(groups[group], self._feed.dataset, table, self._feed.first_rows[group])
         shard, index = groups[group]
         if all((shard.path, index) != (known.shard, known.row_group) for known in self.damaged):
             self.damaged.append(Damaged(shard.path, index, self._feed.group_rows[group], str(table)))
@@ -146,7 +146,8 @@ class Epoch:
             number = (group + further) % len(groups)
             other = read_or_error(self._feed.dataset, groups, number)
             if not isinstance(other, IntegrityError):
-                return Columns(groups[number], self._feed.dataset, other, is_stand_in=True)
+                first = self._feed.first_rows[number]
+                return Columns(groups[number], self._feed.dataset, other, first, is_stand_in=True)
         raise table
 
     def check_budget(self, damaged: Collection[Damaged]) -> None:
@@ -178,7 +179,17 @@ class Epoch:
 class Columns:
     """One row group's columns, ready to be picked from without copying."""
 
-    def __init__(self, group: tuple[Shard, int], dataset: Dataset, table: Any, *, is_stand_in: bool = False) -> None:
+    def __init__(
+        self,
+        group: tuple[Shard, int],
+        dataset: Dataset,
+        table: Any,
+        first_row: int | None = None,
+        *,
+        is_stand_in: bool = False,
+    ) -> None:
+        self.first_row = first_row
+        """Number of the first row in the split."""
         self.is_stand_in = is_stand_in
         """Whether these rows only fill the places of a row group that cannot be read."""
         self.where = f"{dataset.uri}/{group[0].path}, row group {group[1]}"
@@ -195,6 +206,7 @@ class Columns:
         at %= len(self.ids)  # a stand-in may be shorter
         return Row(
             draw=draw,
+            number=None if self.first_row is None else self.first_row + at,
             id=self.ids[at].as_py(),
             path=self.paths[at].as_py(),
             where=self.where,

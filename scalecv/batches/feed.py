@@ -3,6 +3,7 @@
 A feed is a description; an epoch of it (see epoch.py) is what runs.
 """
 
+import itertools
 import os
 import threading
 from collections.abc import Iterator
@@ -20,7 +21,9 @@ from scalecv.batches.pixels import Pixels
 from scalecv.batches.plan import Picks, Plan, order_key
 from scalecv.batches.reader import READERS, Groups, read_or_error
 from scalecv.batches.sampling import kinds_of, limited, strata_of
+from scalecv.batches.shared_pixels import SharedPixels, open_shared
 from scalecv.batches.strata import Strata
+from scalecv.cache import NodeCache
 from scalecv.config import Sampling
 from scalecv.shards.manifest import Shard
 from scalecv.shards.store import Dataset
@@ -50,6 +53,8 @@ class Feed:
     """Which rows training draws more often."""
     limit: int | None = None
     """Rows that training uses; None uses all."""
+    pixel_cache: NodeCache | None = None
+    """Where decoded images are kept for all processes of this node."""
     _kept: dict[int, Any] = field(default_factory=dict, compare=False, repr=False)
     """Row groups of a split that fits into the window: read in the first epoch, held for all others."""
     _shared: Shared = field(default_factory=Shared, compare=False, repr=False)
@@ -63,6 +68,19 @@ class Feed:
     def group_rows(self) -> tuple[int, ...]:
         """Rows to use of each of `groups`."""
         return tuple(s.row_groups[g] if rows is None else len(rows) for (s, g), rows in self._used)
+
+    @cached_property
+    def first_rows(self) -> list[int]:
+        """Number of the first row of each of `groups` in the split."""
+        starts = itertools.accumulate((s.row_groups[g] for s, g in self._all_groups), initial=0)
+        return [start for start, rows in zip(starts, self._chosen, strict=False) if rows is None or len(rows)]
+
+    def open_pixels(self) -> SharedPixels | None:
+        """The decoded images of the split that this node keeps; whoever asks closes them."""
+        if self.pixel_cache is None:
+            return None
+        how, whole = self.pixels, bool(self.is_training and self.pixels.augment.resized_crop)
+        return open_shared(self.pixel_cache, self.dataset.manifest, self.split, how, whole=whole)
 
     @cached_property
     def rows(self) -> int:

@@ -145,3 +145,7 @@ class Cache(Frozen):
     """Folder on a local disk; empty reads from the bucket in each epoch."""
     max_gb: float = Field(50.0, gt=0)
     """Most gigabytes (10^9 bytes) in the folder; what was used longest ago goes first."""
+    pixels: Literal["auto", "yes", "no"] = "auto"
+    """Whether decoded images are kept too, so that a node decodes each once for all epochs and runs; auto: in a sweep.
+    They take up to half of max_gb; without dir they lie in ~/.cache/scalecv.
+    """

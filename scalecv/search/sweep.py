@@ -102,7 +102,9 @@ def _alike(experiment: Experiment) -> Experiment:
     train = experiment.train.model_copy(update={"metric": metric})
     workers = experiment.scale.workers if experiment.scale.workers > 1 else 0
     scale = experiment.scale.model_copy(update={"workers": workers, "min_workers": None})
-    return experiment.model_copy(update={"train": train, "scale": scale})
+    pixels = "yes" if experiment.cache.pixels == "auto" else experiment.cache.pixels
+    cache = experiment.cache.model_copy(update={"pixels": pixels})
+    return experiment.model_copy(update={"train": train, "scale": scale, "cache": cache})
 
 
 class _Sweep:

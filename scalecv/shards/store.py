@@ -6,7 +6,6 @@ starts from the manifest alone: one ranged read of a shard's footer, then one of
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -98,7 +97,7 @@ def put_facts(uri: str, data: bytes, ending: str) -> tuple[str, str]:
 def _cache_of(uri: str, cache: Cache | None) -> NodeCache | None:
     if cache is None or not cache.dir or storage.is_local(uri):
         return None
-    return NodeCache(os.path.abspath(os.path.expanduser(cache.dir)), int(cache.max_gb * 1e9))
+    return NodeCache.of(cache)
 
 
 def versions(uri: str) -> list[int]:

@@ -16,6 +16,7 @@ from scalecv.artifacts.provenance import worker_facts
 from scalecv.batches.feed import Feed, threads_per_rank
 from scalecv.batches.pixels import Pixels, pixels_of
 from scalecv.batches.plan import order_hash
+from scalecv.cache import NodeCache
 from scalecv.models import build_model
 from scalecv.models.dry_run import check_fits
 from scalecv.models.losses import balanced_weights
@@ -146,6 +147,7 @@ def _setup(
             decode=experiment.data.decode,
             sampling=experiment.data.sampling,
             limit=experiment.data.limit,
+            pixel_cache=NodeCache.of(experiment.cache) if experiment.cache.pixels == "yes" else None,
         )
         for split, rows in manifest.splits.items()
         if rows

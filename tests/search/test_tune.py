@@ -33,6 +33,7 @@ def command(folder, *more):
 def write(experiment, folder, epochs=2, **search):
     tree = experiment(name="sweep", scale__workers=0, train__epochs=epochs, train__threads=1).model_dump(mode="json")
     tree["search"] = SEARCH | search
+    tree["cache"]["dir"] = str(Path(folder) / "cache")
     (Path(folder) / "sweep.yaml").write_text(yaml.safe_dump(tree))
     return config.load(Path(folder) / "sweep.yaml")
 
@@ -57,6 +58,7 @@ def test_a_sweep_ends_with_the_best_as_if_it_had_been_trained_alone(shapes, tmp_
     assert [one["number"] for one in trials] == [0, 1, 2] and best["status"] == "finished", said
     assert "stopped" in {one["status"] for one in trials} and told["verdict"]["sentence"].startswith("not raced")
     assert all(one["device_s"] > 0 and one["run_id"] for one in trials)
+    assert [*(tmp_path / "cache").glob("*/*.slots")], "trials share the images that they decode"
     runs = of_mlflow(tmp_path)
     assert {run.data.tags.get("mlflow.parentRunId") for name, run in runs.items() if name != "sweep"} == {
         told["run_id"]
