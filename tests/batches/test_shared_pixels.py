@@ -118,7 +118,7 @@ def test_batches_are_the_same_and_each_image_is_decoded_once(request, cache, dat
 def test_wheels_and_c_share_what_they_make(photos_dataset, cache, native):
     body = "print(walk(feed(sys.argv[1], NodeCache(sys.argv[2], 50_000_000), size_px=24))[0])"
     made = {
-        script(body, photos_dataset, cache.dir, SCALECV_NATIVE=which).communicate(timeout=100)[0]
+        script(body, photos_dataset, cache.dir, SCALECV_NATIVE=which).communicate(timeout=500)[0]
         for which in (native, "10"[int(native)])
     }
     assert len(made) == 1 and made.pop().strip().decode() == walk(feed(photos_dataset, None, size_px=24))[0]
@@ -148,7 +148,7 @@ for epoch in range(2):
     print(made, decoded, flush=True)
 """
     several = [script(body, shapes_dataset, cache.dir, str(Path(cache.dir).parent / "here")) for _ in range(3)]
-    said = [one.communicate(timeout=100)[0].decode().split() for one in several]
+    said = [one.communicate(timeout=500)[0].decode().split() for one in several]
     alone = feed(shapes_dataset, None)
     for words in said:
         assert words[::2] == [walk(alone, 0)[0], walk(alone, 1)[0]]

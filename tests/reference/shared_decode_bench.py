@@ -26,9 +26,9 @@ import PIL.Image
 
 from tests.reference.bench import ROOT, cpu
 
-TRIALS, SIDE, IMAGES = 4, 896, 240
+TRIALS, SIDE, IMAGES = 4, 448, 480
 KEYS = {
-    "task": "classify", "model.arch": "resnet10", "model.stem": "small", "model.norm": "group", "data.size_px": 16,
+    "task": "classify", "model.arch": "resnet10", "model.stem": "small", "model.norm": "group", "data.size_px": 32,
     "data.augment.hflip": 0.5, "data.augment.rotate_deg": 10, "train.batch": 32, "train.threads": 1,
     "data.decode_threads": 1, "scale.workers": 0, "track.pictures": 0, "track.pictures_every": 0,
 }  # fmt: skip
@@ -47,7 +47,7 @@ def dataset(folder: Path) -> Path:
     for number in range(IMAGES):
         file = folder / "images" / f"class{number % 4}" / f"{number}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
-        photo(number).save(file, compress_level=1)
+        photo(number).save(file)
     options = IngestOptions(source=str(folder / "images"), to=str(folder / "data"), layout="imagefolder", concurrency=0)
     ingest(options)
     return folder / "data"
@@ -248,7 +248,7 @@ def report(
 
 {datetime.datetime.now(datetime.UTC).date()}, {cpu()}, no GPU, load {os.getloadavg()[0]:.0f} while it ran.
 {TRIALS} trials at the same time, each a process with one thread for the network and one for decoding;
-{args.epochs} epochs of {IMAGES} PNGs (train, val and test) of {SIDE} x {SIDE} pixels, resized to 16;
+{args.epochs} epochs of {IMAGES} PNGs (train, val and test) of {SIDE} x {SIDE} pixels, resized to 32;
 two seeds, {TRIALS} learning rates.
 
     python -m tests.reference.shared_decode_bench --pairs {args.pairs} --epochs {args.epochs}
