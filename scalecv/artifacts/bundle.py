@@ -11,7 +11,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from scalecv import storage
 from scalecv.config import Augment, Frozen, Scalar
@@ -26,8 +26,7 @@ FORMAT = 1
 FACTS = "bundle.json"
 WEIGHTS = "model.safetensors"
 MOST_FACTS_BYTES = 16 << 20
-MOST_ARGUMENT = 1 << 14
-"""Largest number among the builder's arguments that is taken from a bundle: a forged one could ask for any memory."""
+MOST_SCALE = 64
 
 
 class Call(Frozen):
@@ -84,6 +83,37 @@ class UpscaleFacts(Frozen):
         return self
 
 
+class Origin(Frozen):
+    """A trained model that is part of another."""
+
+    name: str
+    run_id: str | None = None
+    """Its MLflow run."""
+    weights_hash: str
+
+
+class MemberFacts(Frozen):
+    """One network of several whose probabilities are averaged; its weights lie under `members.NUMBER.network.`."""
+
+    weight: float = Field(gt=0, le=1)
+    """Its share of the mean; those of all members add up to 1."""
+    call: Call
+    pixels: PixelFacts
+    """What it was trained on."""
+    scale: tuple[float, float] = (1.0, 1.0)
+    """Height and width of its images, in those of the bundle's."""
+    upscale: UpscaleFacts | None = None
+    origins: tuple[Origin, ...] = ()
+    """The model that it is, or those whose weights it is the mean of."""
+
+    @field_validator("scale")
+    @classmethod
+    def _is_size(cls, scale: tuple[float, float]) -> tuple[float, float]:
+        if not all(1 / MOST_SCALE <= side <= MOST_SCALE for side in scale):
+            raise ValueError(f"{scale} lies outside 1/{MOST_SCALE} to {MOST_SCALE}")
+        return scale
+
+
 class DataFacts(Frozen):
     """Which data the weights saw."""
 
@@ -103,6 +133,10 @@ class Facts(Frozen):
     pixels: PixelFacts
     upscale: UpscaleFacts | None = None
     """The stage before the network, where there is one."""
+    members: tuple[MemberFacts, ...] = Field((), max_length=64)
+    """The networks of an ensemble; `call` is then that of the first, and `pixels` what all their images are made of."""
+    origins: tuple[Origin, ...] = ()
+    """Models whose weights these are the mean of; empty for one that was trained."""
     classes: tuple[str, ...]
     data: DataFacts
     loss: dict[str, float | str | None] = {}
@@ -115,6 +149,17 @@ class Facts(Frozen):
     """SHA-256 over names, dtypes, shapes and values; does not depend on the file format."""
     weights_sha256: str
     weights_bytes: int = Field(ge=0)
+
+    @property
+    def factor(self) -> int:
+        """How many times images are enlarged before a network sees them, at most."""
+        return max(one.factor if one else 1 for one in (self.upscale, *(member.upscale for member in self.members)))
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> "Facts":
+        if self.members and abs(sum(one.weight for one in self.members) - 1) > 1e-6:
+            raise ValueError("the weights of the members do not add up to 1")
+        return self
 
 
 @dataclass(frozen=True)
@@ -217,17 +262,13 @@ def open_bundle(uri: str, *, allow_import: bool = False) -> Bundle:
     A network that was built by the user's own function is only imported where the caller allows it:
     a bundle never decides by itself which code runs.
     """
-    from scalecv.models import build_model
+    from scalecv.artifacts import networks
 
     facts = read_facts(uri)
-    for call in (facts.call, facts.upscale.call if facts.upscale else None):
-        if call:
-            _check_arguments(uri, call)
+    networks.check_calls(uri, facts)
     weights = read_weights(uri, facts)
     try:
-        model = build_model(**facts.call.model_dump(), allow_import=allow_import)
-        if facts.upscale:
-            model = behind(facts.upscale, facts.pixels, model, allow_import=allow_import)
+        model = networks.network(facts, allow_import=allow_import)
         missing, unexpected = model.load_state_dict(weights, strict=False)
     except (RuntimeError, MemoryError) as error:  # another shape, or a size that no machine has
         raise IntegrityError(
@@ -239,38 +280,6 @@ def open_bundle(uri: str, *, allow_import: bool = False) -> Bundle:
             "the library that builds it may have changed since"
         )
     return Bundle(uri, facts, model.eval())
-
-
-def behind(
-    stage: UpscaleFacts, pixels: PixelFacts, network: "torch.nn.Module", *, allow_import: bool = False
-) -> "torch.nn.Module":
-    """A network behind the stage that enlarges its images; weights of a network that does it are not loaded yet.
-
-    Args:
-        stage: what enlarges.
-        pixels: how the images that come are normalised.
-        network: sees the larger ones.
-        allow_import: let a stage whose network is the user's own function import it.
-    """
-    from scalecv.models import build_model
-    from scalecv.models.enlarged import Bicubic, Enlarged, SuperResolution
-    from scalecv.models.upscalers import factor_of
-
-    if stage.call is None or stage.pixels is None:
-        return Enlarged(network, Bicubic(stage.factor), stage.factor)
-    times = 2 if stage.factor == factor_of(stage.call.arch, stage.call.args) ** 2 else 1
-    larger = build_model(**stage.call.model_dump(), allow_import=allow_import)
-    ours, its = ((facts.mean, facts.std) for facts in (pixels, stage.pixels))
-    return Enlarged(network, SuperResolution(larger, times, ours, its), stage.factor)
-
-
-def _check_arguments(uri: str, call: Call) -> None:
-    """Raises: IntegrityError: a size that no network of ours was built with."""
-    for name, value in call.args.items():
-        if isinstance(value, int | float) and abs(value) > MOST_ARGUMENT:
-            raise IntegrityError(
-                f"{uri}: {FACTS} builds {call.arch} with {name}={value}, at most {MOST_ARGUMENT} is taken"
-            )
 
 
 def _first(error: BaseException) -> str:

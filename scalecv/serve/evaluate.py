@@ -194,10 +194,11 @@ def _sides(facts: bundle.Facts, manifest: Manifest, where: str) -> None:
     """Raises: DataError: the stride of the network does not divide the images' sides."""
     from scalecv.models import misfit
 
-    call, factor = facts.call, facts.upscale.factor if facts.upscale else 1
-    wrong = misfit(facts.task, call.arch, call.encoder, call.args, manifest.sizes_px[:2], factor)
-    if wrong is not None:
-        raise DataError(
-            f"{where}: {wrong[0]}; it was trained without data.size_px, which would resize them: ingest images of "
-            f"another size, such as with --tile {wrong[1]}, or take a model that was trained with data.size_px"
-        )
+    for one in (member for member in facts.members or (facts,) if getattr(member, "scale", (1.0, 1.0)) == (1.0, 1.0)):
+        call, factor = one.call, one.upscale.factor if one.upscale else 1
+        wrong = misfit(facts.task, call.arch, call.encoder, call.args, manifest.sizes_px[:2], factor)
+        if wrong is not None:
+            raise DataError(
+                f"{where}: {wrong[0]}; it was trained without data.size_px, which would resize them: ingest images of "
+                f"another size, such as with --tile {wrong[1]}, or take a model that was trained with data.size_px"
+            )

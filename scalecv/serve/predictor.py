@@ -67,7 +67,7 @@ class Predictor:
         self._tile = tile or default_tile(self._how.size_px)
         self._overlap = self._tile // 4 if overlap is None else overlap
         side = self._tile if self.task.name == "segment" else self._how.size_px or TILE_PX
-        side *= self.facts.upscale.factor if self.facts.upscale else 1
+        side *= self.facts.factor
         self._batch = batch or max(1, min(64, (AT_ONCE_PX << 3 * (device.type == "cuda")) // side**2))
 
     def decide(self, logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from scalecv.artifacts import bundle
+from scalecv.artifacts import bundle, networks
 from scalecv.batches.pixels import Pixels, pixels_of
 from scalecv.config import Experiment, Upscale
 from scalecv.errors import ConfigError, DataError
@@ -77,7 +77,7 @@ def behind(
     """A network behind its stage, whose weights are those of upscale.model."""
     from scalecv.models.enlarged import SuperResolution
 
-    model = bundle.behind(stage, bundle.pixel_facts(pixels), network, allow_import=allow_import)
+    model = networks.behind(stage, bundle.pixel_facts(pixels), network, allow_import=allow_import)
     enlarge = model.get_submodule("enlarge")
     if isinstance(enlarge, SuperResolution) and wanted.model:
         facts = bundle.read_facts(wanted.model)

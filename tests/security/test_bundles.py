@@ -27,6 +27,7 @@ PIXELS = {
     "mean": (1.0, 2.0, 3.0),
     "std": (1.0, 1.0, 1.0),
 }
+MEMBER = {"weight": 1.0, "call": {**SMALL, "args": {"width": 4}}, "pixels": PIXELS}
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +108,20 @@ FORGED = {
     "metrics": [{"a": float("nan")}, [1]],
     "data.version": ["new", 1.5],
     "epoch": [-1],
+    "members": [
+        [{}],
+        [MEMBER | {"weight": 0.5}],
+        [MEMBER | {"weight": -1}],
+        [MEMBER | {"weight": float("nan")}],
+        [MEMBER | {"call": MEMBER["call"] | {"arch": f"{CANARY}:run"}}],
+        [MEMBER | {"call": MEMBER["call"] | {"args": {"width": 10**9}}}],
+        [MEMBER | {"scale": [1e-9, 1e9]}],
+        [MEMBER | {"pixels": PIXELS | {"bands": [1, 2, 7]}}],
+        [MEMBER | {"_target_": "os.system"}],
+        [MEMBER | {"weight": 1 / 65}] * 65,
+        MEMBER,
+    ],
+    "origins": [[{"name": "a"}], "a"],
 }
 CASES = [(key, value) for key, values in FORGED.items() for value in values]
 
