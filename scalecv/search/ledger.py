@@ -51,14 +51,14 @@ class Ledger:
         self.key: str = told["key"]
         self.rung: tuple[float, bool] = told["rung"], told["in_seconds"]
         """The first rung, and whether it is in device-seconds; a larger budget does not move it."""
-        self.trials = self._all("trials")
-        self.race = self._all("race")
+        self.trials = _all(home, "trials")
+        self.race = _all(home, "race")
 
     def keep(self, trial: Trial) -> None:
         """Write a record, and have it in its list."""
         folder, records = ("trials", self.trials) if trial.entrant is None else ("race", self.race)
         data = json.dumps(redact.clean_tree(asdict(trial)), indent=1).encode()
-        storage.put(self._place(folder, trial.number), data)
+        storage.put(_place(self.home, folder, trial.number), data)
         records[trial.number : trial.number + 1] = [trial]
 
     def wake(self) -> None:
@@ -67,24 +67,36 @@ class Ledger:
             if trial.status == "running":
                 self.keep(replace(trial, status="waiting"))
 
-    def _all(self, folder: str) -> list[Trial]:
-        names = storage.list_names(storage.join(self.home, folder))
-        found = [name for name in names if re.fullmatch(r"\d{4,}\.json", name)]
-        with ThreadPoolExecutor(READS) as pool:
-            return list(pool.map(lambda number: self._trial(folder, number), range(len(found))))
 
-    def _trial(self, folder: str, number: int) -> Trial:
-        where = self._place(folder, number)
-        record = _read(where)
-        if record is None:
-            raise DataError(f"{where} is missing, later ones are there: {INSTEAD}")
-        try:
-            return Trial(**record | {"points": tuple(Point(**point) for point in record["points"])})
-        except (KeyError, TypeError) as error:
-            raise DataError(f"{where} is no record of a trial ({error}): {INSTEAD}") from None
+def read_trials(home: str) -> list[Trial]:
+    """The records of the sweep below a folder, which may be under way.
 
-    def _place(self, folder: str, number: int) -> str:
-        return storage.join(self.home, folder, f"{number:04d}.json")
+    Raises: DataError: no sweep there, or a record that is none.
+    """
+    if _read(storage.join(home, "sweep.json")) is None:
+        raise DataError(f"no sweep at {storage.without_secrets(home)}: expected what scalecv tune wrote, STORAGE/NAME")
+    return _all(home, "trials")
+
+
+def _all(home: str, folder: str) -> list[Trial]:
+    found = [name for name in storage.list_names(storage.join(home, folder)) if re.fullmatch(r"\d{4,}\.json", name)]
+    with ThreadPoolExecutor(READS) as pool:
+        return list(pool.map(lambda number: _trial(home, folder, number), range(len(found))))
+
+
+def _trial(home: str, folder: str, number: int) -> Trial:
+    where = _place(home, folder, number)
+    record = _read(where)
+    if record is None:
+        raise DataError(f"{where} is missing, later ones are there: {INSTEAD}")
+    try:
+        return Trial(**record | {"points": tuple(Point(**point) for point in record["points"])})
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{where} is no record of a trial ({error}): {INSTEAD}") from None
+
+
+def _place(home: str, folder: str, number: int) -> str:
+    return storage.join(home, folder, f"{number:04d}.json")
 
 
 def _identity(experiment: Experiment) -> str:
