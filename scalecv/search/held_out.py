@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,8 @@ MOST_VALUES = 1 << 25
 AT_ONCE = 1 << 22
 """Probabilities that are in memory at once."""
 LEVELS = 1 << 16
-"""Steps in which probabilities of two classes are told apart while members are chosen; counting so is 10 times as fast
-as in the bins that thresholds come from."""
+"""Steps in which probabilities of two classes are told apart while members are chosen: 34 ns for each, and 140 in the
+bins that thresholds come from."""
 FEWEST_ROWS = 2
 
 Mean = Sequence[tuple[NDArray[Any], float]]
@@ -122,7 +123,7 @@ class HeldOut:
                 out.write(p.cpu().numpy().astype(self._dtype).tobytes())
                 rows += ids
                 if not self._ids:
-                    truths.append(batch[self.task.target].cpu().numpy().astype(np.int16))
+                    truths.append(batch[self.task.target].cpu().numpy().astype(np.int32))
         if not self._ids:
             self._begin(rows, np.concatenate(truths) if truths else np.zeros(0))
         if rows != self._ids:
@@ -253,5 +254,6 @@ def _hash(what: str, row: str) -> float:
     return int.from_bytes(hashlib.sha256(f"ensemble {what} {row}".encode()).digest()[:8]) / 2**64
 
 
+@lru_cache(maxsize=1)
 def _bin_of_level() -> torch.Tensor:
     return binned.bins(torch.arange(LEVELS, dtype=torch.float64).div(LEVELS).float())
