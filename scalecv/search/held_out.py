@@ -133,7 +133,10 @@ class HeldOut:
     def score(self, mean: Mean) -> Score:
         """The metric on the rows that choose, with the threshold that is best there."""
         if not self.is_tuned:
-            return Score(self.of(self.confusions(mean, self.choosing, 0.5).sum(axis=0)), 0.5)
+            matrix = torch.zeros(self.classes, self.classes, dtype=torch.int64)
+            for p, truth in self._chunks(mean, self.choosing):
+                matrix += confusion(self._said(p, 0.5), truth, self.classes)
+            return Score(self.of(matrix.numpy()), 0.5)
         counted = np.zeros(3 * LEVELS, np.int64)
         for p, truth in self._chunks(mean, self.choosing):
             level = torch.clamp((p * LEVELS).long(), max=LEVELS - 1)
@@ -154,22 +157,26 @@ class HeldOut:
 
     def confusions(self, mean: Mean, rows: NDArray[np.int64], threshold: float) -> Any:
         """The confusion matrix of each row, int64 [n, K*K], sparse."""
-        cells, counts, ends = list[NDArray[Any]](), list[NDArray[Any]](), [0]
-        valid = torch.ones(1, dtype=torch.bool)
+        cells, at = list[NDArray[Any]](), list[NDArray[Any]]()
+        first = 0
         for p, truth in self._chunks(mean, rows):
-            said = (p >= threshold).long() if self.classes == 2 else p.argmax(1)
-            for one, true in zip(said, truth, strict=True):
-                matrix = confusion(one[None], true[None], self.classes, valid).flatten().numpy()
-                filled = np.flatnonzero(matrix)
-                cells.append(filled)
-                counts.append(matrix[filled])
-                ends.append(ends[-1] + len(filled))
-        parts = np.concatenate(counts), np.concatenate(cells), np.array(ends)
-        return csr_array(parts, shape=(len(rows), self.classes**2))
+            cell = (truth * self.classes + self._said(p, threshold)).flatten(1 if self.is_mask else 0)
+            row = torch.arange(first, first + len(p)).view(-1, *[1] * (cell.ndim - 1)).expand_as(cell)
+            is_known = (truth != IGNORE).view_as(cell)
+            places, times = np.unique((row * self.classes**2 + cell)[is_known].numpy(), return_counts=True)
+            cells.append(places)
+            at.append(times)
+            first += len(p)
+        row_of, cell_of = np.divmod(np.concatenate(cells), self.classes**2)
+        return csr_array((np.concatenate(at), (row_of, cell_of)), shape=(len(rows), self.classes**2))
 
     def of(self, flat: NDArray[Any]) -> float:
         """The metric of a flat confusion matrix."""
         return self._summary(np.asarray(flat).reshape(self.classes, self.classes))[self.metric]
+
+    def _said(self, p: torch.Tensor, threshold: float) -> torch.Tensor:
+        """Classes int64 of mean probabilities."""
+        return (p >= threshold).long() if self.classes == 2 else p.argmax(1)
 
     def _summary(self, matrix: NDArray[Any]) -> dict[str, float]:
         return self.task.summarise({"confusion": torch.from_numpy(matrix.astype(np.int64))}, self.pixels.classes)

@@ -116,12 +116,12 @@ def made(folder, runs, data, shares, **told):
     (folder / "answers").mkdir()
     judge = Judge(found, open_dataset(data), folder / "answers")
     put(str(folder / "made"), bundle_of(judge, "made", shares, **told))
-    return str(folder / "made")
+    return str(folder / "made"), judge
 
 
 def test_a_bundle_of_classes_gives_the_mean_of_its_members(shapes, trained, tmp_path):
     runs, data = [trained({}, name) for name in ("first", "second")], shapes["data.uri"]
-    uri = made(tmp_path, runs, data, [0.25, 0.75])
+    uri, _ = made(tmp_path, runs, data, [0.25, 0.75])
     a, b = (probabilities(run.bundle, data) for run in runs)
     found = probabilities(uri, data)
     torch.testing.assert_close(found, 0.25 * a + 0.75 * b, rtol=0, atol=1e-6)
@@ -141,10 +141,15 @@ def test_a_bundle_of_classes_gives_the_mean_of_its_members(shapes, trained, tmp_
 
 def test_masks_are_averaged_with_one_threshold(fields, trained, tmp_path, place):
     runs, data = [trained({}, name) for name in ("all-bands", "two-bands")], fields["data.uri"]
-    uri = made(tmp_path, runs, data, [0.5, 0.5], threshold=0.25)
+    uri, judge = made(tmp_path, runs, data, [0.5, 0.5], threshold=0.25)
     a, b = (probabilities(run.bundle, data) for run in runs)
     torch.testing.assert_close(probabilities(uri, data), (a + b) / 2, rtol=0, atol=1e-6)
-    assert bundle.read_facts(uri).pixels.bands is None and evaluate(uri, data, split="val").threshold == 0.25
+    scored = evaluate(uri, data, split="val")
+    assert bundle.read_facts(uri).pixels.bands is None and scored.threshold == 0.25
+    each = judge.held.confusions(judge.mean([1, 1]), np.arange(8), 0.25)
+    assert each.sum() == 8 * 32 * 32 and judge.held.of(each.sum(axis=0)) == pytest.approx(scored.metrics["val/iou"])
+    exact, quick = judge.held.exact_score(judge.mean([1, 1])), judge.held.score(judge.mean([1, 1]))
+    assert exact.value == pytest.approx(quick.value, abs=1e-3)
     done = predict(uri, str(place / "fields/images/val/images"), str(tmp_path / "out"), tile=32)
     assert (done.rows, done.quarantined) == (8, 0)
     found = ensemble([run.bundle for run in runs], latency_ms=LATENCY_MS)
@@ -275,7 +280,7 @@ def test_what_does_not_go_together_is_refused(shapes, fields, trained, tmp_path)
     second = trained({}, "second").bundle
     with pytest.raises(ConfigError, match=r"--metric acuracy; did you mean 'accuracy'"):
         ensemble([first, second], latency_ms=LATENCY_MS, metric="acuracy")
-    several = made(tmp_path, [trained({}, "first"), trained({}, "second")], shapes["data.uri"], [0.5, 0.5])
+    several, _ = made(tmp_path, [trained({}, "first"), trained({}, "second")], shapes["data.uri"], [0.5, 0.5])
     with pytest.raises(DataError, match="is an ensemble itself: name trained models"):
         ensemble([first, several], latency_ms=LATENCY_MS)
 
