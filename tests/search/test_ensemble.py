@@ -15,7 +15,7 @@ from scalecv.batches.collate import to_device
 from scalecv.batches.feed import Feed
 from scalecv.errors import ConfigError, DataError, UserError
 from scalecv.search import held_out
-from scalecv.search.candidates import Candidate, fields_of
+from scalecv.search.candidates import Candidate, fields_of, find, place_of
 from scalecv.search.ensemble import bundle_of, ensemble
 from scalecv.search.ensemble_record import Result, put
 from scalecv.search.judge import Judge, Judged
@@ -221,24 +221,21 @@ def test_a_sweep_s_finished_trials_are_the_candidates(shapes, trained, tmp_path)
         ledger.keep(Trial(number, {}, status="finished", **about))
     ledger.keep(Trial(2, {}, status="failed", cause="it broke"))
     (tmp_path / "sweep.yaml").write_text(config.dump(tree))
-    found = [
-        ensemble(from_sweep=sweep, latency_ms=LATENCY_MS)
-        for sweep in ("sweep.yaml", "kept/sweep", str(tmp_path / "kept" / "sweep"))
-    ]
-    assert {tuple(one.name for one in each.candidates) for each in found} == {("sweep-0000", "sweep-0001")}
-    assert found[0].name == "sweep-ensemble" and found[0].tracking_uri.endswith("mlruns.db")
-    assert {each.verdict for each in found} == {found[0].verdict}
+    for sweep in ("sweep.yaml", "kept/sweep", str(tmp_path / "kept" / "sweep")):
+        place, folder = place_of(sweep, None, "scalecv")
+        assert [one.name for one in find([], folder, place)] == ["sweep-0000", "sweep-0001"]
+        assert (place.home, place.name) == (str(tmp_path / "kept"), "sweep-ensemble")
+    found = ensemble(from_sweep="sweep.yaml", latency_ms=LATENCY_MS)
+    assert [one.run_id for one in found.candidates] == [trained({}, name).run_id for name in ("first", "second")]
 
 
 def test_without_a_gain_nothing_is_written_and_the_best_is_named(shapes, trained, tmp_path):
     """Nearly the same weights and pixels: no mean is better."""
     first = trained({}, "first")
     lopsided(first.bundle, "twin", 0, bias=1e-6, mean=1e-6)
-    for anyway in (False, True):
-        found = ensemble([first.bundle, "twin"], latency_ms=LATENCY_MS, anyway=anyway)
-        assert not found.is_gain and found.bundle is None and found.gain == 0
-        assert found.verdict.startswith("no gain found: ") and "alone" in found.verdict
-        assert found.single.bundle in (first.bundle, "twin")
+    found = ensemble([first.bundle, "twin"], latency_ms=LATENCY_MS, anyway=True)
+    assert not found.is_gain and found.bundle is None and found.gain == 0
+    assert found.verdict.startswith("no gain found: ") and found.single.bundle in (first.bundle, "twin")
     assert not list(tmp_path.rglob("ensembles/*/bundle"))
     assert json.loads(json.dumps(asdict(found)))["single"]["name"] in ("first", "twin")
 
