@@ -9,7 +9,7 @@ and the size and SHA-256 of the weights: any flipped bit is noticed before use
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -27,6 +27,9 @@ FACTS = "bundle.json"
 WEIGHTS = "model.safetensors"
 MOST_FACTS_BYTES = 16 << 20
 MOST_SCALE = 64
+
+
+Side = Annotated[int, Field(ge=1, le=1 << 16)]
 
 
 class Call(Frozen):
@@ -56,6 +59,7 @@ class PixelFacts(Frozen):
     mask_values: tuple[int, ...] = ()
     mask_ignore: int | None = None
     span: tuple[float, ...] = ()
+    sides_px: tuple[Side, Side] | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> "PixelFacts":

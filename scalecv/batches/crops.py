@@ -155,7 +155,7 @@ def _is_exact(made: Crops) -> bool:
         done = made([(data, box, 1, out.data_ptr())], 32, np.empty(made.room(known, box, 32), np.uint8))
         whole = torch.from_numpy(jpeg.decode(data, known)).permute(2, 0, 1)
         cut = whole[:, box[0] : box[0] + box[2], box[1] : box[1] + box[3]]
-        if not done[0] or not torch.equal(out, transforms.scaled(cut, 32).flip(-1)):
+        if not done[0] or not torch.equal(out, transforms.scaled(cut, 32, 32).flip(-1)):
             _log.warning("crops are made by the wheels: libjpeg-turbo of this machine gives other pixels")
             return False
     return True

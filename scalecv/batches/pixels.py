@@ -36,6 +36,9 @@ class Pixels:
     mask_ignore: int | None = None
     span: tuple[float, ...] = ()
     """Largest less smallest value per channel over the training split; empty in bundles of older releases."""
+    sides_px: tuple[int, int] | None = None
+    """Shortest and longest side of the images that became squares of size_px, all splits; None without size_px, and in
+    bundles of older releases."""
     augment: Augment = field(default_factory=Augment)
     marks_data: bool = False
     """Whether masks of a batch say where a tile has data (0, else IGNORE), and not what is there: for task=upscale."""
@@ -91,9 +94,16 @@ def pixels_of(manifest: Manifest, data: Data, where: str, task: str = "") -> Pix
         mask_values=manifest.mask_values,
         mask_ignore=manifest.mask_ignore,
         span=_span(manifest, color, data.bands),
+        sides_px=_sides(manifest, data.resize) if data.size_px else None,
         augment=data.augment,
         marks_data=task == "upscale",
     )
+
+
+def _sides(manifest: Manifest, how: str) -> tuple[int, int]:
+    """Shortest and longest side of what is resized; a crop takes the square of the shorter side."""
+    smallest, largest = manifest.sizes_px[:2], manifest.sizes_px[2:]
+    return min(smallest), min(largest) if how == "crop" else max(largest)
 
 
 def _span(manifest: Manifest, color: str, bands: tuple[int, ...] | None) -> tuple[float, ...]:

@@ -50,19 +50,19 @@ def resize(
         mask = None if mask is None else mask[..., top : top + side, left : left + side]
     if image.shape[-2:] == (size_px, size_px):
         return image, mask
-    return scaled(image, size_px, out), None if mask is None else _nearest(mask, size_px)
+    return scaled(image, size_px, size_px, out), None if mask is None else _nearest(mask, size_px)
 
 
-def scaled(image: torch.Tensor, size_px: int, out: torch.Tensor | None = None) -> torch.Tensor:
+def scaled(image: torch.Tensor, height: int, width: int, out: torch.Tensor | None = None) -> torch.Tensor:
     """Bilinear with antialias; bytes by torch's kernel for bytes, straight into `out`, on every kind of CPU."""
     if image.dtype != torch.uint8:
         from torchvision.transforms.v2 import functional as F
 
-        changed: torch.Tensor = F.resize(image, [size_px, size_px], antialias=True)
+        changed: torch.Tensor = F.resize(image, [height, width], antialias=True)
         return changed
     if out is None:
-        out = torch.empty((size_px, size_px, len(image)), dtype=torch.uint8).permute(2, 0, 1)
-    torch.ops.aten._upsample_bilinear2d_aa.out(image[None], [size_px, size_px], False, None, None, out=out[None])
+        out = torch.empty((height, width, len(image)), dtype=torch.uint8).permute(2, 0, 1)
+    torch.ops.aten._upsample_bilinear2d_aa.out(image[None], [height, width], False, None, None, out=out[None])
     return out
 
 
@@ -106,7 +106,7 @@ def move(
     """
     if how.resized_crop and size_px:
         top, left, height, width = box or crop_box(image.shape[-2], image.shape[-1], how.resized_crop, u)
-        image = scaled(image[:, top : top + height, left : left + width], size_px, out)
+        image = scaled(image[:, top : top + height, left : left + width], size_px, size_px, out)
         mask = None if mask is None else _nearest(mask[..., top : top + height, left : left + width], size_px)
     if u[4] < how.hflip:
         image, mask = image.flip(-1), None if mask is None else mask.flip(-1)

@@ -17,7 +17,7 @@ from scalecv import errors, runtime, storage
 from scalecv.artifacts import bundle, tracking
 from scalecv.errors import ConfigError, DataError, ScalecvError, nearest
 from scalecv.serve.predict_chunk import RECORDS, Job, Worker, chunk_name
-from scalecv.serve.predictor import default_tile
+from scalecv.serve.predictor import windows_for
 from scalecv.shards import store
 from scalecv.sources.found import is_image
 
@@ -74,7 +74,8 @@ def predict(
         split: of a dataset; None takes all.
         version: of a dataset; None takes the newest.
         batch: images or windows that go through the network together; None takes about a million pixels, 8 on a GPU.
-        tile: side of the windows of a scene in pixels; None takes the side of training, or 512.
+        tile: side of the windows of a scene in pixels; None takes that of the images of training where those were
+            resized, else 512. The network sees windows at the scale of training.
         overlap: pixels that windows share at least; None takes a quarter of the side.
         probability: also write the probability of each class, as float32 or as 0 to 254.
         concurrency: models at the same time in Ray; None takes the cluster's CPUs or GPUs, or none where the source is
@@ -88,10 +89,10 @@ def predict(
     source, to = storage.absolute(source), storage.absolute(to)
     uri = tracking.lookup(model)
     facts = bundle.read_facts(uri)
-    side = tile or default_tile(facts.pixels.size_px)
-    if overlap is not None and overlap >= side:
+    windows = windows_for(facts.pixels.size_px, facts.pixels.sides_px, tile, overlap)
+    if windows.overlap_px >= windows.side_px:
         own = "" if tile else ", which this model takes where none is given"
-        raise ConfigError(f"--overlap {overlap}: expected less than --tile {side}{own}")
+        raise ConfigError(f"--overlap {overlap}: expected less than --tile {windows.side_px}{own}")
     if facts.task == "upscale":
         raise ConfigError(
             f"{model} is a model for task=upscale: predict takes classify and segment; score it with scalecv evaluate, "

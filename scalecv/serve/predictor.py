@@ -23,7 +23,7 @@ from scalecv.tiles import Window, grid, stitch
 MULTIPLE_PX = 32
 """Sides of what a segmentation network sees are filled up to a multiple of this."""
 WHOLE_PX = 2048
-"""A model that was trained on resized images resizes images up to this side too; larger ones are scenes."""
+"""A model that was trained on resized images resizes photographs up to this side too; larger ones are scenes."""
 AT_ONCE_PX = 1 << 20
 """Pixels that go through the network together where no batch is given; 8 times as many on a GPU."""
 TILE_PX = 512
@@ -33,9 +33,45 @@ Read = Callable[[Window], NDArray[Any]]
 """Window -> pixels [h, w, bands]."""
 
 
-def default_tile(size_px: int | None) -> int:
-    """Side of the windows of a scene, where none is asked for: that of training, if images were resized."""
-    return size_px or TILE_PX
+@dataclass(frozen=True)
+class Windows:
+    """How scenes are cut for a network; all in pixels of the scene but for `seen_px`."""
+
+    side_px: int
+    overlap_px: int
+    seen_px: int
+    """Side of a window as the network sees it: at the scale that it was trained at."""
+    whole_px: int
+    """Images up to this side are resized as a whole, as those of training were; 0 where those were not."""
+    placed_px: int
+    """The same for images with a georeference: a larger one shows more ground, not the same ground larger."""
+
+    def __str__(self) -> str:
+        seen = f", which the network sees as {self.seen_px} px" if self.seen_px != self.side_px else ""
+        return f"windows of {self.side_px} px, one every {self.side_px - self.overlap_px} px{seen}"
+
+
+def windows_for(
+    size_px: int | None, sides_px: tuple[int, int] | None, tile: int | None, overlap: int | None
+) -> Windows:
+    """How a model's scenes are cut.
+
+    Args:
+        size_px: side to which images were resized in training.
+        sides_px: shortest and longest side of these images; where they differ, the scale is that of the geometric mean.
+            None takes them to have been of `size_px`.
+        tile, overlap: as of `scalecv.serve.predict.predict`.
+    """
+    if size_px is None:
+        side = tile or TILE_PX
+        seen, whole, placed = side, 0, 0
+    else:
+        trained = round(math.prod(sides_px) ** 0.5) if sides_px else size_px
+        side = tile or trained
+        seen = max(1, round(side * size_px / trained))
+        whole = tile or max(WHOLE_PX, size_px, *(sides_px or ()))
+        placed = min(whole, sides_px[1]) if sides_px else whole
+    return Windows(side, side // 4 if overlap is None else overlap, seen, whole, placed)
 
 
 @dataclass(frozen=True)
@@ -63,10 +99,8 @@ class Predictor:
         self._how = bundle.pixels()
         self._model = bundle.model.to(device)
         self._device = device
-        self._whole_px = tile or (max(WHOLE_PX, self._how.size_px) if self._how.size_px else TILE_PX)
-        self._tile = tile or default_tile(self._how.size_px)
-        self._overlap = self._tile // 4 if overlap is None else overlap
-        side = self._tile if self.task.name == "segment" else self._how.size_px or TILE_PX
+        self._windows = windows_for(self._how.size_px, self._how.sides_px, tile, overlap)
+        side = self._windows.seen_px if self.task.name == "segment" else self._how.size_px or TILE_PX
         side *= self.facts.factor
         self._batch = batch or max(1, min(64, (AT_ONCE_PX << 3 * (device.type == "cuda")) // side**2))
 
@@ -107,15 +141,15 @@ class Predictor:
         Raises: BadImage: as `read` does.
         """
         width, height = profile.width, profile.height
-        if max(width, height) <= self._whole_px:
+        if max(width, height) <= (self._windows.placed_px if profile.is_placed else self._windows.whole_px):
             values = self._values([read(Window(0, 0, height, width))], profile.nodata, is_whole=True)[0]
             yield self._rows(0, values)
             return
-        for row, values in stitch(self._parts(profile, read), width, height, self._overlap):
+        for row, values in stitch(self._parts(profile, read), width, height, self._windows.overlap_px):
             yield self._rows(row, values)
 
     def _parts(self, profile: Profile, read: Read) -> Iterator[tuple[Window, NDArray[np.float32]]]:
-        windows = grid(profile.width, profile.height, self._tile, self._overlap)
+        windows = grid(profile.width, profile.height, self._windows.side_px, self._windows.overlap_px)
         for some in _batches(windows, self._batch):
             values = self._values([read(window) for window in some], profile.nodata, is_whole=False)
             yield from zip(some, values, strict=True)
@@ -124,13 +158,21 @@ class Predictor:
         """Logits and, as the last channel, 1 where data is missing: [B, K + 1, h, w]."""
         pairs = [image_of(part, nodata, self._how) for part in pixels]
         pictures, shape = [picture for picture, _ in pairs], pixels[0].shape[:2]
-        if is_whole and self._how.size_px:
-            pictures = [transforms.resize(p, None, self._how.size_px, "stretch")[0] for p in pictures]
+        seen = self._seen(shape[0], shape[1], is_whole)
+        if seen != shape:
+            pictures = [transforms.scaled(picture, *seen) for picture in pictures]
         logits = self._logits(torch.stack(pictures))
         if logits.shape[-2:] != shape:
             logits = F.interpolate(logits, shape, mode="bilinear", align_corners=False)
         gone = [np.zeros(shape, np.float32) if m is None else m.astype(np.float32) for _, m in pairs]
         return np.concatenate([logits.cpu().numpy(), np.stack(gone)[:, None]], axis=1)
+
+    def _seen(self, height: int, width: int, is_whole: bool) -> tuple[int, int]:
+        """Height and width at which the network sees an image or a window."""
+        if is_whole and self._how.size_px:
+            return self._how.size_px, self._how.size_px
+        scale = self._windows.seen_px / self._windows.side_px
+        return max(1, round(height * scale)), max(1, round(width * scale))
 
     @torch.no_grad()
     def _logits(self, pictures: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ def compare(made, seed, most=300):
     out = torch.full((side, side, 3), 99, dtype=torch.uint8).permute(2, 0, 1)
     done = made([(data, box, flips, out.data_ptr())], side, np.empty(made.room(known, box, side), np.uint8))
     whole = torch.from_numpy(jpeg.decode(data, known)).permute(2, 0, 1)
-    expected = transforms.scaled(whole[:, box[0] : box[0] + h, box[1] : box[1] + w], side)
+    expected = transforms.scaled(whole[:, box[0] : box[0] + h, box[1] : box[1] + w], side, side)
     expected = expected.flip(-1) if flips & 1 else expected
     expected = expected.flip(-2) if flips & 2 else expected
     assert done[0]

@@ -11,12 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 import rasterio
 import torch
+from torchvision.transforms.v2 import functional as F
 
 from scalecv import raster
 from scalecv.artifacts import bundle
 from scalecv.artifacts.bundle import Call, DataFacts, PixelFacts
 from scalecv.errors import ConfigError, DataError, ScalecvError
 from scalecv.serve.predict import predict
+from scalecv.serve.predictor import Windows, windows_for
 from scalecv.shards.ingest import IngestOptions, ingest
 from tests.shards.images import class_folders, png, write
 from tests.shards.scenes import place, scene, wkt
@@ -37,7 +39,16 @@ def made(tmp_path, monkeypatch):
     (tmp_path / "reachnet.py").write_text(NET)
     monkeypatch.syspath_prepend(str(tmp_path))
 
-    def make(task: str, bands: int, dtype: str, classes=("ground", "roof"), size_px=None, values=(0, 1), **norm) -> str:
+    def make(
+        task: str,
+        bands: int,
+        dtype: str,
+        classes=("ground", "roof"),
+        size_px=None,
+        values=(0, 1),
+        sides_px=None,
+        **norm,
+    ) -> str:
         import reachnet
 
         torch.manual_seed(0)
@@ -55,6 +66,7 @@ def made(tmp_path, monkeypatch):
                 **pixels,
                 dtype=dtype if dtype in ("uint8", "int16") else "float32",
                 resize="stretch",
+                sides_px=sides_px,
                 mean=(norm.get("mean", 120.0),) * bands,
                 std=(norm.get("std", 60.0),) * bands,
                 mask_values=values if task == "segment" else (),
@@ -101,6 +113,37 @@ def test_a_stitched_scene_is_that_of_one_pass(made, tmp_path):
     assert narrow.rows == 1
     gap = np.abs(opened(tmp_path / "narrow/deep/a.probability.tif")[0] - p)
     assert np.nanmax(gap) > 1e-3, "without overlap the cuts are seen, so the comparison can fail"
+
+
+def test_a_scene_is_seen_at_the_scale_of_the_tiles_of_training(made, tmp_path):
+    image, _ = scene(0, 512, 384)
+    write(tmp_path / "s", "a.tif", raster.encode(image, None, wkt(), place(0, 0)))
+    model = made("segment", 4, "uint16", size_px=64, sides_px=(128, 128), mean=2000.0, std=1500.0)
+    one = run(model, tmp_path / "s", tmp_path / "one", tile=512, probability="float32")
+    many = run(model, tmp_path / "s", tmp_path / "many", tile=128, overlap=64, probability="float32")
+    default = run(model, tmp_path / "s", tmp_path / "default", overlap=64, probability="float32")
+    assert one.rows == many.rows == default.rows == 1
+    p, q, r = (opened(tmp_path / n / "a.probability.tif")[0][0] for n in ("one", "many", "default"))
+    net = bundle.open_bundle(model, allow_import=True).model
+    half = F.resize(torch.from_numpy(image.astype(np.float32)).permute(2, 0, 1), [192, 256], antialias=True)
+    with torch.no_grad():
+        logits = net((half[None] - 2000) / 1500)
+        expected = torch.nn.functional.interpolate(logits, (384, 512), mode="bilinear").sigmoid()[0, 0].numpy()
+    np.testing.assert_allclose(p, expected, atol=1e-5)
+    np.testing.assert_allclose(q, p, atol=1e-4)
+    np.testing.assert_array_equal(q, r)
+    older = made("segment", 4, "uint16", size_px=64, mean=2000.0, std=1500.0)
+    run(older, tmp_path / "s", tmp_path / "older", tile=128, overlap=64, probability="float32")
+    gap = np.abs(opened(tmp_path / "older/a.probability.tif")[0][0] - p)
+    assert gap.max() > 0.05, "at the scale of the file something else is found, so the comparison can fail"
+
+
+def test_windows_have_the_side_of_training():
+    assert windows_for(None, None, None, None) == Windows(512, 128, 512, 0, 0)
+    assert windows_for(64, None, None, None) == Windows(64, 16, 64, 2048, 2048)
+    assert windows_for(128, (250, 250), None, 50) == Windows(250, 50, 128, 2048, 250)
+    assert windows_for(128, (256, 256), 1024, None) == Windows(1024, 256, 512, 1024, 256)
+    assert windows_for(64, (100, 400), None, None) == Windows(200, 50, 64, 2048, 400)
 
 
 @pytest.mark.parametrize(
