@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from scalecv.errors import ConfigError
+from scalecv.errors import ConfigError, nearest
 from scalecv.models import classifiers, segmenters, upscalers
 from scalecv.models.norms import change_norm
 
@@ -80,6 +80,24 @@ def find_builder(arch: str, *, allow_import: bool = False) -> Builder:
         return partial(classifiers.timm_classifier, arch)
     build: Builder = classifiers.torchvision_builder(arch, known=list(MODELS))
     return build
+
+
+def check_arch(task: str, arch: str) -> None:
+    """See that a network is there and that a task can take it; one's own function is its author's affair.
+
+    Raises: ConfigError: nobody knows the name, or it stands for a network of another task; with the nearest that fits.
+    """
+    timm = arch.startswith(classifiers.TIMM)
+    own = {"segment": list(segmenters.ARCHITECTURES), "upscale": list(upscalers.ARCHITECTURES)}
+    fitting = own.get(task) or ["resnet10", *classifiers.torchvision_names()]
+    if ":" in arch or arch in fitting or (timm and task == "classify"):
+        return
+    near = nearest(arch, fitting)
+    expected = f"expected {', '.join(own[task])}" if task in own else "expected a name of torchvision, or timm/NAME"
+    if timm or arch in MODELS or arch in classifiers.torchvision_names():
+        gives = task_of(arch)
+        raise ConfigError(f"model.arch={arch} is a network to {gives}, the task is {task}{near or f'; {expected}'}")
+    raise ConfigError(f"unknown model.arch '{arch}' for task={task}{near or f'; {expected}'}")
 
 
 def task_of(arch: str) -> Literal["classify", "segment", "upscale"] | None:

@@ -43,14 +43,19 @@ def build_with(arch: str, function: Any, **arguments: Any) -> nn.Module:
     return model
 
 
+def torchvision_names() -> list[str]:
+    """The names of torchvision's classification networks."""
+    import torchvision.models
+
+    return list(torchvision.models.list_models(module=torchvision.models))
+
+
 def torchvision_builder(arch: str, known: list[str]) -> Any:
     """The builder of a torchvision network, by its name.
 
     Raises: ConfigError: no network of torchvision or in `known` has the name.
     """
-    import torchvision.models
-
-    names = torchvision.models.list_models(module=torchvision.models)
+    names = torchvision_names()
     if arch not in names:
         near = nearest(arch, [*known, *names])
         raise ConfigError(

@@ -29,8 +29,7 @@ def imagenet_state(arch: str, encoder: str, args: Mapping[str, Any] | None = Non
         args: of the network's builder.
     Raises: ConfigError: it has none, or they could not be had.
     """
-    if ":" in arch or arch in OWN:
-        raise ConfigError(f"model.arch={arch} has no ImageNet weights; set model.weights to a file, or leave it empty")
+    check_imagenet(arch, encoder)
     if arch in ARCHITECTURES:
         what = f"encoder {encoder}"
         state = library_weights(what, partial(_segmenter, arch, encoder, dict(args or {}))).state_dict()
@@ -38,6 +37,37 @@ def imagenet_state(arch: str, encoder: str, args: Mapping[str, Any] | None = Non
     if arch.startswith(TIMM):
         return library_weights(arch, partial(_timm, arch, dict(args or {}))).state_dict()
     return library_weights(arch, partial(_torchvision, arch))
+
+
+def check_imagenet(arch: str, encoder: str) -> None:
+    """See that somebody has published ImageNet weights for a network, without fetching them.
+
+    Raises: ConfigError: nobody has, with what is possible.
+    """
+    if ":" in arch or arch in OWN:
+        other = {"resnet10": "a network that has some (resnet18, timm/NAME), "}.get(arch, "")
+        raise ConfigError(
+            f"model.arch={arch} has no ImageNet weights: take {other}"
+            "model.weights=runs:/ID or a safetensors file of the same network, or leave model.weights empty"
+        )
+    what, named = f"model.arch={arch}", arch.removeprefix(TIMM) if arch.startswith(TIMM) else None
+    if arch in ARCHITECTURES:
+        what, named = f"model.encoder={encoder}", encoder.removeprefix("tu-") if encoder.startswith("tu-") else None
+    if named:
+        import timm
+
+        has = timm.is_model_pretrained(named)
+    elif arch in ARCHITECTURES:
+        import segmentation_models_pytorch as smp
+
+        has = "imagenet" in smp.encoders.encoders.get(encoder, {}).get("pretrained_settings", ("imagenet",))
+    else:
+        return  # torchvision has published weights for each of its networks
+    if not has:
+        raise ConfigError(
+            f"{what} has no published ImageNet weights: take another, such as resnet18 or one that "
+            "timm.list_models(pretrained=True) names, set model.weights to a file, or leave it empty"
+        )
 
 
 def library_weights(what: str, fetch: Callable[[], T]) -> T:

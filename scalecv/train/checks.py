@@ -76,9 +76,9 @@ def check_names(experiment: Experiment) -> None:
     if experiment.task == "classify" and not re.search(r"[:/]", model.arch):
         declared = r"^@register_model\(.*\)\n(?:@.*\n)*def (\w+)\("
         if model.arch not in _declared("torchvision", "models", declared):
-            from scalecv.models import find_builder
+            from scalecv.models import check_arch
 
-            find_builder(model.arch)
+            check_arch(experiment.task, model.arch)
     if experiment.task == "segment" and not model.encoder.startswith("tu-"):
         if model.encoder not in _declared("segmentation_models_pytorch", "encoders", r'^ {4}"([\w.-]+)": \{'):
             from scalecv.models.segmenters import check_encoder
@@ -98,12 +98,14 @@ def check_network(experiment: Experiment, manifest: Manifest) -> None:
 
     Raises: ConfigError: network or loss do not fit the task.
     """
-    from scalecv.models import misfit, task_of
+    from scalecv.models import check_arch, misfit
     from scalecv.tasks import TASKS
 
-    gives = task_of(experiment.model.arch)
-    if gives not in (experiment.task, None):
-        raise ConfigError(f"model.arch={experiment.model.arch} is a network to {gives}, the task is {experiment.task}")
+    check_arch(experiment.task, experiment.model.arch)
+    if experiment.model.weights == "imagenet":
+        from scalecv.models.library import check_imagenet
+
+        check_imagenet(experiment.model.arch, experiment.model.encoder)
     TASKS[experiment.task].check(experiment.loss, len(manifest.classes))
     model, size = experiment.model, experiment.data.size_px
     sides = (size, size) if size else manifest.sizes_px[:2]

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from scalecv.errors import ConfigError
-from scalecv.models import MODELS, build_model, required_multiple, task_of
+from scalecv.models import MODELS, build_model, check_arch, required_multiple, task_of
 from scalecv.models.facts import model_facts
+from scalecv.models.library import check_imagenet
 
 
 def tiny(in_channels, outputs, width=4):
@@ -163,3 +164,49 @@ def test_facts_of_a_network_worked_by_hand():
     assert facts["flops"] == 2 * (3 * 4 * 9 * 64 + 4 * 64 * 2)
     assert facts["size_mb"] == pytest.approx((4 * (facts["parameters"] + 8) + 8) / 1e6)
     assert model.training and model[1].num_batches_tracked == 0
+
+
+@pytest.mark.parametrize(
+    ("task", "arch", "said"),
+    [
+        ("segment", "unett", "unknown model.arch 'unett' for task=segment; did you mean 'unet'"),
+        ("segment", "resnet18", "model.arch=resnet18 is a network to classify, the task is segment; expected unet, "),
+        ("segment", "edsrr", "unknown model.arch 'edsrr' for task=segment; expected unet, "),
+        ("classify", "resnet81", "unknown model.arch 'resnet81' for task=classify; did you mean 'resnet18'"),
+        ("classify", "unett", "unknown model.arch 'unett' for task=classify; expected a name of torchvision"),
+        ("classify", "unet", "model.arch=unet is a network to segment, the task is classify; expected"),
+        ("upscale", "espnc", "unknown model.arch 'espnc' for task=upscale; did you mean 'espcn'"),
+        ("upscale", "timm/resnet18", "is a network to classify, the task is upscale; expected espcn, edsr"),
+    ],
+)
+def test_an_unknown_name_is_told_the_nearest_of_its_task(task, arch, said):
+    with pytest.raises(ConfigError, match=said):
+        check_arch(task, arch)
+
+
+def test_known_names_fit_their_tasks():
+    for arch in (*MODELS, "resnet18", "timm/resnet18"):
+        check_arch(task_of(arch), arch)
+    check_arch("segment", "mine:build")
+
+
+@pytest.mark.parametrize(
+    ("arch", "encoder", "said"),
+    [
+        ("espcn", "", "model.arch=espcn has no ImageNet weights: take model.weights=runs:/ID or a safetensors file"),
+        ("resnet10", "", "resnet10 has no ImageNet weights: take a network that has some .resnet18, timm/NAME"),
+        ("mine:build", "", "model.arch=mine:build has no ImageNet weights"),
+        ("timm/botnet50ts_256", "", "model.arch=timm/botnet50ts_256 has no published ImageNet weights: take another"),
+        ("unet", "dpn92", "model.encoder=dpn92 has no published ImageNet weights"),
+        ("fpn", "tu-botnet50ts_256", "model.encoder=tu-botnet50ts_256 has no published ImageNet weights"),
+    ],
+)
+def test_weights_that_nobody_has_published_are_refused_with_what_is_possible(arch, encoder, said):
+    with pytest.raises(ConfigError, match=said):
+        check_imagenet(arch, encoder)
+
+
+def test_published_weights_are_known():
+    pairs = [("resnet18", ""), ("timm/resnet18", ""), ("timm/resnet18.a1_in1k", ""), ("unet", "resnet18")]
+    for arch, encoder in (*pairs, ("unet", "mit_b0"), ("fpn", "tu-convnext_tiny"), ("dpt", "tu-vit_tiny_patch16_224")):
+        check_imagenet(arch, encoder)

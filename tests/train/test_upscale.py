@@ -238,5 +238,5 @@ def test_a_model_behind_its_stage_predicts_images_at_their_own_size(experiment, 
 
 @pytest.mark.parametrize("arch", ["espcn", "edsr", "resnet10"])
 def test_networks_of_our_own_have_no_imagenet_weights(arch):
-    with pytest.raises(ConfigError, match=f"model.arch={arch} has no ImageNet weights; set model.weights"):
+    with pytest.raises(ConfigError, match=f"model.arch={arch} has no ImageNet weights: take .*model.weights=runs:/ID"):
         imagenet_state(arch, "")
