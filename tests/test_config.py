@@ -145,3 +145,13 @@ def test_a_named_loss_gives_its_keys_and_each_can_be_set(tmp_path):
     file.write_text("name: a\ntask: segment\ndata: {uri: d}\nmodel: {arch: unet}\nloss: {name: bce_focal_neg_iou}\n")
     told = {key: (value, origin) for key, value, origin in config.origins(file, {"loss.bce": 0.5})}
     assert told["loss.bce"] == (0.5, "command line") and told["loss.focal"] == (0.3, "loss.name")
+
+
+@pytest.mark.parametrize(
+    "key", ["train.threshold=0.4", "train.threshold=tuned", "loss.class_weights=balanced", "loss.label_smoothing=0.1"]
+)
+def test_what_needs_classes_is_refused_for_upscale(key):
+    tree = {"name": "larger", "task": "upscale", "data.uri": "data", "model.arch": "espcn"}
+    config.build(config.with_overrides({}, tree), "test")
+    with pytest.raises(ConfigError, match=f"{key.partition('=')[0]} is for tasks that tell classes apart"):
+        config.build(config.with_overrides({}, tree | config.parse_overrides([key])), "test")

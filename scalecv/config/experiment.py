@@ -64,8 +64,16 @@ class Experiment(Frozen):
             )
         if self.data.augment.resized_crop and not self.data.size_px:
             raise ValueError("data.augment.resized_crop needs data.size_px, the size to resize to")
-        if self.task == "upscale" and self.upscale.factor > 1:
-            raise ValueError("upscale.factor is a stage before another task; task=upscale takes model.args.factor")
+        if self.task == "upscale":
+            if self.upscale.factor > 1:
+                raise ValueError("upscale.factor is a stage before another task; task=upscale takes model.args.factor")
+            told = {
+                "train.threshold": self.train.threshold,
+                "loss.class_weights": self.loss.class_weights != "none",
+                "loss.label_smoothing": self.loss.label_smoothing,
+            }
+            for key in (key for key, is_set in told.items() if is_set):
+                raise ValueError(f"{key} is for tasks that tell classes apart, and task=upscale has none: leave it out")
         return self
 
     def identity(self) -> str:
