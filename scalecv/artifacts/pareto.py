@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from scalecv.artifacts.record import Record, read_record
+from scalecv.artifacts.sent import unsent
 from scalecv.errors import UserError, nearest
 from scalecv.tasks import TASKS
 from scalecv.tasks.charts import BLUE, GRID, INK, ORANGE, figure, png, short
@@ -50,7 +52,11 @@ class Pareto:
 
 
 def pareto(
-    runs: Sequence[str], x: str = "latency_ms", metric: str | None = None, experiment: str = "scalecv"
+    runs: Sequence[str],
+    x: str = "latency_ms",
+    metric: str | None = None,
+    experiment: str = "scalecv",
+    folders: Sequence[str | Path] = (),
 ) -> Pareto:
     """Cost against quality of runs given as `runs:/ID` or by name, from what MLflow recorded.
 
@@ -59,11 +65,29 @@ def pareto(
         x: one of COSTS.
         metric: such as val/iou; None takes the headline of the task on val.
         experiment: MLflow experiment in which names are looked up.
+        folders: where runs lie, of whose points some may still wait for MLflow: that is told.
     Raises: UserError: no such run, cost or metric, or one that a run did not record.
     """
     if x not in COSTS:
         raise UserError(f"--x {x}: expected one of {', '.join(COSTS)}{nearest(x, list(COSTS))}")
-    return of_records([read_record(run, experiment) for run in dict.fromkeys(runs)], x, metric)
+    waiting = _waiting(runs, folders)
+    try:
+        found = of_records([read_record(run, experiment) for run in dict.fromkeys(runs)], x, metric)
+    except UserError as error:
+        raise UserError("; ".join([str(error), *waiting])) from None
+    return replace(found, note="; ".join([*([found.note] if found.note else []), *waiting]))
+
+
+def _waiting(runs: Sequence[str], folders: Sequence[str | Path]) -> list[str]:
+    """A line for each of the runs of which MLflow has not got everything yet."""
+    named = {run.removeprefix("runs:/").partition("/")[0] for run in runs}
+    return [
+        f"{count} points and other entries of run {kept['run_name']} are not in MLflow yet: `scalecv sync {folder}` "
+        "sends them"
+        for folder in folders
+        for _, kept, count in unsent(folder)
+        if named & {kept["run_name"], kept["run_id"]}
+    ]
 
 
 def of_records(records: Sequence[Record], x: str, metric: str | None = None) -> Pareto:

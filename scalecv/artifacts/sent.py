@@ -1,15 +1,20 @@
 """What MLflow has acknowledged of a spool, kept beside it, so that each point is sent once."""
 
 import json
+import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from scalecv.artifacts import mlflow_run, spool
 
+log = logging.getLogger("scalecv.tracking")
+
+STATE_SUFFIX = ".sent.json"
 RETRY_FILES_S = 30.0
+TOLD = ("uri", "experiment", "run_name", "run_key", "tags", "run_id")
 
 
 class Sent:
@@ -111,3 +116,17 @@ def waiting_in(path: str, offset: int) -> tuple[int, int]:
                 points += len(event.get("metrics", {}))
             elif event.get("kind") != "progress":
                 others += 1
+
+
+def unsent(folder: str | Path) -> Iterator[tuple[Path, dict[str, Any], int]]:
+    """States below a folder behind which something waits: file, content, and how many points and other entries wait."""
+    for path in sorted(Path(folder).rglob(f"*{STATE_SUFFIX}")):
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            count = sum(waiting_in(kept["spool"], kept["offset"])) + len(kept["deferred"])
+            kept = {"spool": kept["spool"], **{name: kept[name] for name in TOLD}}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("%s is not a sender's state (%s): left alone", path, error)
+            continue
+        if count:
+            yield path, kept, count

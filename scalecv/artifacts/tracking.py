@@ -11,7 +11,6 @@ by this process, by the same command later, or by `scalecv sync`. Each point arr
 """
 
 import contextlib
-import json
 import logging
 import os
 import random
@@ -30,14 +29,13 @@ from scalecv.artifacts.mlflow_client import tracking_uri as tracking_uri
 from scalecv.artifacts.mlflow_run import PARENT_KEY as PARENT_KEY
 from scalecv.artifacts.provenance import run_facts as run_facts
 from scalecv.artifacts.provenance import working_diff as working_diff
-from scalecv.artifacts.sent import Sent, waiting_in
+from scalecv.artifacts.sent import Sent, unsent, waiting_in
 
 log = logging.getLogger("scalecv.tracking")
 
 PAUSE_S = 1.0
 LONGEST_PAUSE_S = 30.0
 FILES = ("artifact", "image", "text", "model")
-STATE_SUFFIX = ".sent.json"
 
 
 class Sender:
@@ -276,21 +274,13 @@ def sync(folder: str | Path, timeout_s: float = 60.0, uri: str | None = None) ->
             stays: a file in a folder does not decide who is shown the user's token.
     """
     known, done, waiting = tracking_uri(uri), 0, 0
-    for path in sorted(Path(folder).rglob(f"*{STATE_SUFFIX}")):
-        try:
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            points, others = waiting_in(kept["spool"], kept["offset"])
-            if not points + others + len(kept["deferred"]):
-                continue
-            meant = known if uri or storage.without_secrets(known) == kept["uri"] else kept["uri"]
-            if meant != known and not meant.startswith("sqlite:"):
-                log.warning("%s waits for MLflow at %s: say --uri %s to send it there", path, meant, meant)
-                waiting += 1
-                continue
-            about = (kept["experiment"], kept["run_name"], kept["run_key"], kept["tags"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            log.warning("%s is not a sender's state (%s): left alone", path, error)
+    for path, kept, _ in unsent(folder):
+        meant = known if uri or storage.without_secrets(known) == kept["uri"] else kept["uri"]
+        if meant != known and not meant.startswith("sqlite:"):
+            log.warning("%s waits for MLflow at %s: say --uri %s to send it there", path, meant, meant)
+            waiting += 1
             continue
+        about = (kept["experiment"], kept["run_name"], kept["run_key"], kept["tags"])
         sender = Sender(kept["spool"], path, meant, *about)
         if sender.close(timeout_s):
             done += 1

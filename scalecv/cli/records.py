@@ -91,6 +91,7 @@ def pareto(
     ] = "latency_ms",
     metric: Annotated[str | None, typer.Option(help="As val/iou; the task's own on val by default.")] = None,
     to: Annotated[str | None, typer.Option(help="PNG file for the picture.")] = None,
+    folder: Annotated[str, typer.Option(help="Where runs lie (track.storage), to see what waits for MLflow.")] = "runs",
     experiment: InExperiment = "scalecv",
     as_json: Json = False,
 ) -> None:
@@ -98,8 +99,9 @@ def pareto(
     from scalecv import storage
     from scalecv.artifacts.pareto import pareto as find
     from scalecv.artifacts.pareto import picture
+    from scalecv.train.runs import cache_folder
 
-    found = find(runs, x, metric, experiment)
+    found = find(runs, x, metric, experiment, (folder, cache_folder()))
     if to:
         storage.put(storage.absolute(to), picture(found))
     if as_json:

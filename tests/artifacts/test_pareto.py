@@ -1,10 +1,13 @@
 """The front of recorded runs, by hand and over two real ones."""
 
+import json
 import struct
+from dataclasses import replace
 
 import pytest
 
-from scalecv.artifacts.pareto import of_records
+from scalecv.artifacts import spool
+from scalecv.artifacts.pareto import of_records, pareto
 from scalecv.artifacts.record import Record
 from scalecv.errors import UserError
 from scalecv.tasks.task import is_cost
@@ -61,6 +64,17 @@ def test_measured_on_two_machines_is_said_and_what_is_missing_refused():
             of_records(runs, x, metric)
 
 
+def test_where_some_run_has_no_val_the_test_split_is_compared():
+    scored = [replace(one, metrics=one.metrics | {"test/iou": one.metrics["best/val/iou"] / 2}) for one in RUNS]
+    names = ("val/iou", "best/val/iou", "val/loss")
+    without = replace(scored[0], metrics={k: v for k, v in scored[0].metrics.items() if k not in names})
+    found = of_records([without, *scored[1:]], "parameters")
+    assert found.metric == "test/iou" and [p.quality for p in found.points][-1] == 0.45
+    assert of_records(scored, "parameters").metric == "val/iou"
+    with pytest.raises(UserError, match=r"large\) has not recorded val/iou"):
+        of_records([without, *scored[1:]], "parameters", "val/iou")
+
+
 def test_two_recorded_runs_make_a_table_and_a_picture(shapes, tmp_path):
     from typer.testing import CliRunner
 
@@ -74,5 +88,14 @@ def test_two_recorded_runs_make_a_table_and_a_picture(shapes, tmp_path):
     lines = said.stdout.splitlines()
     assert lines[0].split() == ["front", "name", "run", "parameters", "val/accuracy"]
     assert lines[1].startswith("*") and "narrow" in lines[1], "nothing is smaller"
+    (state,) = (tmp_path / "runs/wide").rglob("*.sent.json")
+    kept = json.loads(state.read_text())
+    spool.append(kept["spool"], {"kind": "metrics", "step": 9, "metrics": {"val/accuracy": 0.5, "val/loss": 0.1}})
+    waits = "2 points and other entries of run wide are not in MLflow yet: `scalecv sync runs` sends them"
+    asked = ["pareto", "narrow", f"runs:/{kept['run_id']}", "--x"]
+    late = CliRunner().invoke(app, [*asked, "parameters"])
+    assert late.exit_code == 0 and waits in late.stderr and "narrow" not in late.stderr
+    with pytest.raises(UserError, match=rf"has not recorded val/iou.*; {waits}"):
+        pareto(["narrow", "wide"], "parameters", "val/iou", folders=["runs"])
     data = (tmp_path / "p.png").read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n" and min(struct.unpack(">II", data[16:24])) > 300
