@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from scalecv import storage
 from scalecv.artifacts import bundle, tracking
+from scalecv.display import duration
 from scalecv.errors import ConfigError, DataError
 from scalecv.serve.evaluate import check, pixels_for
 from scalecv.shards.store import open_dataset
@@ -84,6 +85,7 @@ def rank_bands(
     Raises: DataError: the dataset does not fit the model. ConfigError: a model that tells nothing apart.
     """
     import os
+    import time
 
     import torch
 
@@ -109,9 +111,16 @@ def rank_bands(
     network = opened.model.to(device)
     feed = Feed(dataset, split, pixels, batch, seed=seed, is_training=True, threads=os.cpu_count() or 1)
     scores: list[dict[str, float]] = []
+    rows, passes = dataset.manifest.splits[split], 1 + pixels.channels
+    planned = f"{pixels.channels} bands in {repeats} orders: {repeats * passes + pixels.channels} times {rows:,} rows"
+    tell({"kind": "progress", "message": f"{planned} of {split} through the network on {device}"})
+    began = time.perf_counter()
     for repeat in range(repeats):
-        rows = dataset.manifest.splits[split]
-        tell({"kind": "progress", "message": f"order {repeat + 1} of {repeats}: {rows:,} rows of {split} on {device}"})
+        left = ""
+        if repeat:  # the first order has a pass more for each band, at its mean
+            each = (time.perf_counter() - began) / (repeat * passes + pixels.channels)
+            left = f", about {duration(each * passes * (repeats - repeat))} left"
+        tell({"kind": "progress", "message": f"order {repeat + 1} of {repeats}{left}"})
         scores.append(_scores(network, task, feed, repeat, device, opened.facts.threshold))
     ranked = _ranked(scores, pixels.bands or tuple(range(1, pixels.channels + 1)))
     result = Importance(

@@ -117,6 +117,8 @@ def predict(
     if not total and not records:
         raise DataError(f"no images in {storage.without_secrets(source)}: expected images, or a dataset")
     tell({"kind": "progress", "message": f"predicting {total - skipped:,} images with {facts.name} ({facts.task})"})
+    if facts.task == "segment":
+        tell({"kind": "progress", "message": f"scenes go through in {windows}"})
     for record in _run(job, pending, concurrency):
         records.append(record)
         tell({"kind": "progress", "done": sum(r["rows"] + len(r["quarantine"]) for r in records), "total": total})

@@ -1,11 +1,13 @@
 """`scalecv bands --drop EXPERIMENT`: one training with all bands, and one without each of them in turn."""
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from scalecv.batches.pixels import pixels_of
 from scalecv.config import Experiment, build, with_overrides
+from scalecv.display import duration
 from scalecv.errors import ConfigError
 from scalecv.shards.store import open_dataset
 from scalecv.train.run import train
@@ -47,9 +49,17 @@ def drop_bands(
         )
     sign = -1 if is_cost(metric) else 1
     found: list[Dropped] = []
-    for band, one in runs_without(experiment):
-        tell({"kind": "progress", "message": f"{one.name}: {f'without band {band}' if band else 'all bands'}"})
+    wanted = list(runs_without(experiment))
+    epochs = f"{experiment.train.epochs} epoch{'s' * (experiment.train.epochs > 1)}"
+    tell({"kind": "progress", "message": f"{len(wanted)} trainings of {epochs}: all bands, and without each of them"})
+    times: list[float] = []
+    for done, (band, one) in enumerate(wanted):
+        left = f", about {duration(max(times) * (len(wanted) - done))} left" if times else ""
+        bands = f"without band {band}" if band else "all bands"
+        tell({"kind": "progress", "message": f"{one.name} ({done + 1} of {len(wanted)}): {bands}{left}"})
+        began = time.perf_counter()
         result = train(one, code_dirs=code_dirs, allow_import=True, tell=tell)
+        times.append(time.perf_counter() - began)
         value = result.metrics[metric]
         found.append(Dropped(band, one.name, result.run_id, value, sign * (found[0].value - value) if found else 0.0))
     return metric, (found[0], *sorted(found[1:], key=lambda run: -run.lost))

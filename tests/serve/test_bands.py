@@ -1,6 +1,7 @@
 """Which bands a model leans on: the one that tells, then noise, and a constant one exactly not."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,11 @@ def trained(tmp_path_factory):
 
 def test_the_informative_band_is_first_and_a_constant_one_exactly_nothing(trained, tmp_path):
     _, model, data = trained
-    found = rank_bands(model, data, batch=16, repeats=3, to=str(tmp_path))
+    told: list[dict[str, str]] = []
+    found = rank_bands(model, data, batch=16, repeats=3, to=str(tmp_path), tell=told.append)
+    assert told[0]["message"].startswith("3 bands in 3 orders: 15 times 33 rows of val")
+    assert told[1]["message"] == "order 1 of 3"
+    assert re.fullmatch(r"order 2 of 3, about \d+:\d\d left", told[2]["message"])
     by_band = {one.band: one for one in found.bands}
     assert found.metric == "val/accuracy" and found.value > 0.9 and found.rows == 33
     assert found.bands[0].band == 3 and by_band[3].permuted > 0.3 and by_band[3].at_mean > 0.2
@@ -79,7 +84,11 @@ def test_trained_without_the_band_that_tells_the_loss_grows_most(trained, tmp_pa
     experiment, _, _ = trained
     keys = {"name": "dropped", "train.metric": "val/loss", "track.storage": str(tmp_path / "runs")}
     tree = config.with_overrides(experiment.model_dump(mode="json"), keys)
-    metric, found = drop_bands(config.build(tree, "test"))
+    told: list[str] = []
+    metric, found = drop_bands(config.build(tree, "test"), tell=lambda event: told.append(event.get("message", "")))
+    assert re.fullmatch(r"4 trainings of \d+ epochs?: all bands, and without each of them", told[0])
+    assert told[1] == "dropped (1 of 4): all bands"
+    assert any(re.fullmatch(r"dropped-without-1 \(2 of 4\): without band 1, about \d+:\d\d left", one) for one in told)
     assert metric == "val/loss" and [one.band for one in found][:2] == [None, 3]
     assert found[1].lost == pytest.approx(found[1].value - found[0].value) and found[1].lost > 0.1
 

@@ -121,7 +121,14 @@ def test_a_scene_is_seen_at_the_scale_of_the_tiles_of_training(made, tmp_path):
     model = made("segment", 4, "uint16", size_px=64, sides_px=(128, 128), mean=2000.0, std=1500.0)
     one = run(model, tmp_path / "s", tmp_path / "one", tile=512, probability="float32")
     many = run(model, tmp_path / "s", tmp_path / "many", tile=128, overlap=64, probability="float32")
-    default = run(model, tmp_path / "s", tmp_path / "default", overlap=64, probability="float32")
+    told: list[str] = []
+    default = run(
+        *(model, tmp_path / "s", tmp_path / "default"),
+        overlap=64,
+        probability="float32",
+        tell=lambda event: told.append(event.get("message", "")),
+    )
+    assert "scenes go through in windows of 128 px, one every 64 px, which the network sees as 64 px" in told
     assert one.rows == many.rows == default.rows == 1
     p, q, r = (opened(tmp_path / n / "a.probability.tif")[0][0] for n in ("one", "many", "default"))
     net = bundle.open_bundle(model, allow_import=True).model
