@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -171,6 +172,49 @@ def test_real_rasters_keep_their_georeference(made, shared_data, tmp_path, name,
             classes = out.read(1)
         share = opened(tmp_path / "out" / (file.stem + ".probability.tif"))[0][0]
         assert share.max() <= 254 and np.where(classes == 1, share >= 127, share <= 127).all()
+
+
+PLACE_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)
+"""ModelPixelScale, ModelTiepoint, ModelTransformation; directory, numbers and texts of the GeoKeys."""
+
+
+def place_tags(data: bytes) -> dict[int, bytes]:
+    """The raw values of the tags that place a classic TIFF of little-endian order, of its first directory."""
+    assert data[:4] == b"II*\0"
+    sizes = {2: 1, 3: 2, 12: 8}
+    (at,) = struct.unpack_from("<I", data, 4)
+    found = {}
+    for entry in range(struct.unpack_from("<H", data, at)[0]):
+        tag, kind, count, offset = struct.unpack_from("<HHII", data, at + 2 + 12 * entry)
+        if tag in PLACE_TAGS:
+            size = sizes[kind] * count
+            found[tag] = data[offset : offset + size] if size > 4 else struct.pack("<I", offset)[:size]
+    return found
+
+
+@pytest.mark.parametrize(("name", "bands"), [("pvroof", 3), ("naip4", 4)])
+def test_the_tags_of_the_place_are_those_of_the_image_byte_for_byte(made, shared_data, tmp_path, name, bands):
+    file = min((shared_data(name) / "test" / "images").glob("*"))
+    run(made("segment", bands, "uint8"), file, tmp_path / "out", probability="uint8")
+    wanted = place_tags(file.read_bytes())
+    assert {33550, 33922, 34735} <= set(wanted)
+    for ending in (".tif", ".probability.tif"):
+        assert place_tags((tmp_path / "out" / (file.stem + ending)).read_bytes()) == wanted
+
+
+def test_a_dataset_of_masks_is_predicted_as_its_files_are(made, shared_data, tmp_path):
+    folder = shared_data("naip4")
+    held = ingest(
+        IngestOptions(source=str(folder), to=str(tmp_path / "ds"), layout="masks", split="100/0/0", concurrency=0)
+    )
+    model = made("segment", 4, "uint8")
+    done = run(model, tmp_path / "ds", tmp_path / "rows", split="test")
+    run(model, folder / "test" / "images", tmp_path / "files")
+    assert done.rows == held.splits["test"] == 2
+    rows, files = (sorted((tmp_path / n).rglob("*.tif")) for n in ("rows", "files"))
+    assert [p.name for p in rows] == [p.name for p in files] and len(rows) == 2
+    for one, other in zip(rows, files, strict=True):
+        assert one.read_bytes() == other.read_bytes()
 
 
 def test_classes_below_zero_are_written_as_they_are(made, tmp_path):
