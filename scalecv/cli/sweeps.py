@@ -39,6 +39,7 @@ def tune(
         display.line(f"best      trial {swept.best.number}: {told(swept.best.overrides)}")
         display.line(f"bundle    {swept.best.bundle}")
     display.line(f"verdict   {swept.verdict.sentence}")
+    display.line(f"report    {swept.report}")
     display.line(f"MLflow    run {swept.run_id or '(not reached)'} in {swept.tracking_uri}: scalecv ui")
 
 

@@ -42,6 +42,8 @@ class Swept:
     """Device-seconds of all trials and of the race."""
     run_id: str | None
     tracking_uri: str
+    report: str = ""
+    """URI of the page that shows it all."""
 
 
 def verdict(race: Standing, metric: str, best: Trial | None, search: Search) -> Verdict:

@@ -31,6 +31,7 @@ def run_segment(
     """
     from scalecv.train import checkpoint, runs
     from scalecv.train.costs import cost_of
+    from scalecv.train.memory import give_back
     from scalecv.train.run import train
 
     told: dict[str, Any] = {"status": "paused", "cause": "", "metrics": {}}
@@ -53,6 +54,7 @@ def run_segment(
     except Exception as error:  # a bug in a trial's network is that trial's, and leaves the others running
         said = str(error).strip().splitlines() or [""]
         told |= {"status": "failed", "cause": f"{type(error).__name__}: {said[0]}"}
+    give_back()
     # From the checkpoint and not from what was told: a driver that was killed has not heard all of it.
     place, devices = runs.newest(experiment), max(1, experiment.scale.workers)
     epochs = checkpoint.history(place) if place else []

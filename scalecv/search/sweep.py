@@ -167,8 +167,7 @@ class _Sweep:
                 )
             status = "FINISHED"
             swept = self._swept()
-            self._report(swept)
-            return swept
+            return replace(swept, report=self._report(swept))
         finally:
             self._record()
             spool.append(self.path, {"kind": "end", "status": status})
@@ -269,8 +268,8 @@ class _Sweep:
             self.table_at = time.monotonic()
             spool.append(self.path, {"kind": "text", "file": "trials.md", "text": table(trials, self.metric)})
 
-    def _report(self, swept: Swept) -> None:
-        """The pictures and the page, beside the records and in MLflow."""
+    def _report(self, swept: Swept) -> str:
+        """The pictures and the page, beside the records and in MLflow. Returns: URI of the page."""
         drawn = self._draw(swept.verdict)
         step = int(swept.device_s * 1000)
         for name in drawn:
@@ -280,7 +279,7 @@ class _Sweep:
         where = storage.join(self.ledger.home, "report.html")
         storage.put(where, redact.clean(page(swept, drawn, dump(self.experiment))).encode())
         spool.append(self.path, {"kind": "artifact", "uri": where, "folder": ""})
-        self._say(f"report    {where}")
+        return where
 
     def _draw(self, found: Verdict | None = None) -> dict[str, bytes]:
         drawn = draw_all(self.plan, self.experiment, self.metric, self.ledger.trials, found)

@@ -348,4 +348,9 @@ def same_everywhere(experiment: Experiment) -> Experiment:
     if upscale.model:
         place = tracking.lookup(upscale.model, experiment.track.uri)
         upscale = upscale.model_copy(update={"model": storage.absolute(place)})
-    return experiment.model_copy(update={"data": data, "track": track, "model": model, "upscale": upscale})
+    cache = experiment.cache
+    if cache.dir:
+        cache = cache.model_copy(update={"dir": os.path.abspath(os.path.expanduser(cache.dir))})
+    return experiment.model_copy(
+        update={"data": data, "track": track, "model": model, "upscale": upscale, "cache": cache}
+    )
