@@ -25,10 +25,6 @@ EARLY = 0.02
 """Of it, what all looks but the last spend together, at most; and a quarter of that each."""
 
 
-ROUNDING = 1.01
-"""Of a price, so that what was reserved for a race is enough for it."""
-
-
 @dataclass(frozen=True)
 class Pair:
     """Two entrants, the better one first."""
@@ -84,7 +80,7 @@ def next_heat(plan: Plan, trials: Sequence[Trial], race: Sequence[Trial], left_s
 def standing_of(plan: Plan, trials: Sequence[Trial], race: Sequence[Trial], left_s: float) -> Standing:
     """How the race of a sweep stands. No seed begins that what is left of the budget cannot pay for all entrants."""
     best = leader(plan, trials)
-    price = ROUNDING * price_s(plan, best) if best else math.inf
+    price = price_s(plan, best) if best else math.inf
     values: dict[int, dict[int, float]] = {}
     for one in race:
         if one.entrant is not None and one.seed is not None and one.status in ("finished", "failed"):

@@ -16,13 +16,17 @@ from scalecv.search.trials import Point, Trial
 from scalecv.train.job import Pause
 
 FEWEST = 3
-"""Trials of a rung from which on a median or a worst quarter is told."""
+"""Trials of a rung from which on a median or a worst quarter is told; seeds of a race."""
 GAIN_FROM = 8
 """Trials from which on an expected gain is told."""
 BRACKETS = 4
 """Of hyperband."""
 RACE_SHARE = 0.4
-"""Of the budget, the most that is kept for the race."""
+"""Of the budget, what is kept for the race at most, but for the smallest race: one finalist, three seeds."""
+MOST_SHARE = 0.6
+"""Of the budget, what the smallest race may take; where it takes more there is none."""
+ROUNDING = 1.02
+"""Of what is kept, so that it is enough."""
 
 
 @dataclass(frozen=True)
@@ -164,9 +168,12 @@ def kept_s(plan: Plan, trials: Sequence[Trial]) -> float:
     if best is None or plan.search.budget_s is None:
         return 0.0
     price = price_s(plan, best)
-    race = 3 * (plan.search.finalists + 1) * price if plan.search.finalists else 0.0
     finish = price * (1 - best.epochs / plan.epochs) if best.status != "finished" else 0.0
-    return finish + min(race, RACE_SHARE * plan.search.budget_s)
+    if not plan.search.finalists:
+        return finish
+    smallest, share_s = FEWEST * 2 * price, RACE_SHARE * plan.search.budget_s
+    race = min(FEWEST * (plan.search.finalists + 1) * price, max(share_s, smallest))
+    return ROUNDING * (finish + race) if smallest < MOST_SHARE * plan.search.budget_s else finish
 
 
 def price_s(plan: Plan, trial: Trial) -> float:

@@ -101,3 +101,13 @@ def test_a_whole_sweep_keeps_to_its_budget_and_races_what_it_found():
     world = World(alike(planted=0.1), 9, 0.002, 0.005, 0)
     plan, trials, heats, _ = simulate(Search(trials=9), world)
     assert told(plan, trials, heats)[0] == 3
+
+
+def test_what_is_kept_of_the_budget_is_enough_for_a_race():
+    for seed in range(10):
+        world = World(spread(seed), 27, 0.005, 0.005, seed)
+        for budget in (12000, 20000, 60000):
+            _, trials, heats, _ = simulate(Search(trials=40, budget=f"{budget}s"), world)
+            assert sum(one.device_s for one in [*trials, *heats]) <= 1.05 * budget
+            whole = max(one.points[-1].device_s for one in trials if one.status == "finished")
+            assert heats or 6 * whole > 0.6 * budget, (seed, budget)
