@@ -79,7 +79,7 @@ class Search(Frozen):
     @field_validator("budget", mode="before")
     @classmethod
     def _time(cls, v: object) -> object:
-        if v is not None and not re.fullmatch(r"\d+(\.\d+)?[smhd]", str(v)):
+        if v is not None and not (re.fullmatch(r"\d+(\.\d+)?[smhd]", str(v)) and float(str(v)[:-1])):
             raise ValueError(f"'{v}' is not a time: write 600s, 90m, 4h or 2d")
         return v
 
@@ -125,8 +125,16 @@ class Search(Frozen):
                 raise ValueError(f"space.{key}: simplex is for loss, whose terms it weighs")
             if key.split(".")[0] in ("name", "task", "track", "scale", "search", "cache", "question"):
                 raise ValueError(f"space.{key} does not change what is learned: leave it out of the space")
+            if key in ("seed", "train.metric", "train.epochs", "data.uri", "data.version", "data.get"):
+                raise ValueError(f"space.{key} would make trials that cannot be compared: leave it out of the space")
             for other in spec.when:
                 before = list(self.space)[: list(self.space).index(key)]
+                choices = self.space[other].choice if other in self.space else None
+                unknown = [value for value in spec.when[other] if choices is not None and value not in choices]
+                if unknown and other in before:
+                    raise ValueError(
+                        f"space.{key}: when {other} is {unknown[0]!r}, which is none of {list(choices or ())}"
+                    )
                 if other not in before:
                     raise ValueError(f"space.{key}: when names {other}, which must stand in the space before {key}")
         return self

@@ -1,6 +1,6 @@
 """What a sweep knows, on storage: one small object for each trial, written whole whenever it changes.
 
-    STORAGE/NAME/sweep.json           key of the sweep, the hash of what it searches, its first rung
+    STORAGE/NAME/sweep.json           key of the sweep, the hash of what it searches, its first rung, the data
     STORAGE/NAME/trials/0007.json     record of a trial
     STORAGE/NAME/race/0002.json       record of a training of the race
     STORAGE/NAME/runs/NAME-0007/      run of a trial: checkpoints, bundle, spool
@@ -29,8 +29,8 @@ INSTEAD = "restore it, or give the sweep another name"
 class Ledger:
     """The records of one sweep; a single driver writes them (it holds the name's lease)."""
 
-    def __init__(self, home: str, experiment: Experiment) -> None:
-        """Open the ledger, or begin it.
+    def __init__(self, home: str, experiment: Experiment, version: int = 0) -> None:
+        """Open the ledger, or begin it with a version of the data.
 
         Raises: ConfigError: the name belongs to a sweep over another space or another experiment.
         """
@@ -40,8 +40,9 @@ class Ledger:
         if told is None:
             rung, in_seconds = first_rung(experiment.search)
             told = {"key": uuid.uuid4().hex, "identity": identity, "rung": rung, "in_seconds": in_seconds}
+            told["version"] = version
             storage.put(storage.join(home, "sweep.json"), json.dumps(told).encode())
-        if not {"key", "identity", "rung", "in_seconds"} <= told.keys():
+        if not {"key", "identity", "rung", "in_seconds", "version"} <= told.keys():
             raise DataError(f"{storage.join(home, 'sweep.json')} is no record of a sweep: {INSTEAD}")
         if told["identity"] != identity:
             raise ConfigError(
@@ -49,6 +50,8 @@ class Ledger:
                 "this one another name (more search.trials or search.budget go on with the same)"
             )
         self.key: str = told["key"]
+        self.version: int = told["version"]
+        """Of the data, for all trials, whatever is ingested meanwhile."""
         self.rung: tuple[float, bool] = told["rung"], told["in_seconds"]
         """The first rung, and whether it is in device-seconds; a larger budget does not move it."""
         self.trials = _all(home, "trials")

@@ -54,7 +54,7 @@ def page(swept: Swept, pictures: Mapping[str, bytes], experiment: str) -> str:
 
 
 def _named(trial: Trial) -> str:
-    return f"<strong>trial {trial.number}</strong> {escape(told(trial.overrides))}"
+    return f"<strong>{entrant_name(trial.number)}</strong> {escape(told(trial.overrides))}"
 
 
 def _race(swept: Swept) -> str:

@@ -16,6 +16,8 @@ from scalecv.tasks.charts import BLUE, GRID, INK, ORANGE, RED, figure, plain, pn
 FAINT = "#b8c7d6"
 NAMED = 10
 """Trials that a picture names."""
+LEARNED_FROM = 200
+"""Last trials that importance looks at; more take minutes."""
 KEYS = 12
 """Keys that a picture shows."""
 
@@ -149,11 +151,11 @@ def importances(plan: Plan, base: Experiment, trials: Sequence[Trial]) -> dict[s
     """Importance of each key that all trials have, the highest first; empty where fewer than 4 trials say nothing."""
     import optuna
 
-    ended = [one for one in trials if one.status != "failed"]
-    study = study_of(plan, base, ended, as_ended=True)
+    ended = [one for one in trials if one.status != "failed"][-LEARNED_FROM:]
     if len(ended) < 4 or len({one.value(plan.sign) for one in ended}) < 2:
         return {}
     try:
+        study = study_of(plan, base, ended, as_ended=True)
         of_quality: Callable[[Any], float] = lambda one: float(one.values[0])  # noqa: E731
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=base.seed)
         return dict(optuna.importance.get_param_importances(study, evaluator=evaluator, target=of_quality))

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from scalecv.search.schedule import Plan, leader, price_s, ranking
+from scalecv.search.schedule import Plan, finalists, race_s
 from scalecv.search.trials import AS_WRITTEN, Trial
 
 FIRST_LOOK = 3
@@ -79,29 +79,29 @@ def next_heat(plan: Plan, trials: Sequence[Trial], race: Sequence[Trial], left_s
 
 def standing_of(plan: Plan, trials: Sequence[Trial], race: Sequence[Trial], left_s: float) -> Standing:
     """How the race of a sweep stands. No seed begins that what is left of the budget cannot pay for all entrants."""
-    best = leader(plan, trials)
-    price = price_s(plan, best) if best else math.inf
     values: dict[int, dict[int, float]] = {}
     for one in race:
         if one.entrant is not None and one.seed is not None and one.status in ("finished", "failed"):
             value = plan.sign * one.value(plan.sign) if one.status == "finished" else math.nan
             values.setdefault(one.entrant, {})[one.seed] = value
-    entrants = _entrants(plan, trials, price)
+    entrants = _entrants(plan, trials)
     found = standing(entrants, values, plan.search.seeds, plan.sign)
     next_seed = min((seed for _, seed in found.needs), default=0)
-    is_begun = any(one.seed == next_seed for one in race)
-    if next_seed >= FIRST_LOOK and not is_begun and len(found.needs) * price > left_s:
+    is_begun = any(one.seed == next_seed and one.entrant in entrants for one in race)
+    took = {one.entrant: one.device_s for one in race if one.status == "finished"}
+    price = sum(took.get(entrant, 0.0) for entrant, _ in found.needs)
+    if next_seed >= FIRST_LOOK and not is_begun and price > left_s:
         return standing(entrants, values, plan.search.seeds, plan.sign, seeds=next_seed)
     return found
 
 
-def _entrants(plan: Plan, trials: Sequence[Trial], price: float) -> list[int]:
+def _entrants(plan: Plan, trials: Sequence[Trial]) -> list[int]:
     """The finalists, as many as the budget can race over the first seeds, and the experiment as written."""
-    ranked = ranking(plan, trials)
     left_s = (plan.search.budget_s or math.inf) - sum(one.device_s for one in trials)
-    for count in range(min(plan.search.finalists, len(ranked)), 0, -1):
-        if FIRST_LOOK * (count + 1) * price <= left_s:
-            return [*(one.number for one in ranked[:count]), AS_WRITTEN]
+    for count in range(plan.search.finalists, 0, -1):
+        found = finalists(plan, trials, count)
+        if found and race_s(plan, trials, count) <= left_s:
+            return [*(one.number for one in found), AS_WRITTEN]
     return []
 
 

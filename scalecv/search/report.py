@@ -50,6 +50,8 @@ def verdict(race: Standing, metric: str, best: Trial | None, search: Search) -> 
     """The verdict of a race that is over."""
     if not search.finalists:
         return Verdict("not raced: search.finalists=0, each trial had one seed")
+    if race.needs:
+        return Verdict("the race has not ended: search.budget is spent, a larger one goes on with it")
     if not race.order:
         return Verdict("not raced: search.budget had no room for it" if best else "no trial was trained to its end")
     first = race.order[0]
@@ -58,7 +60,7 @@ def verdict(race: Standing, metric: str, best: Trial | None, search: Search) -> 
         return replace(told, sentence=f"not raced: all but {entrant_name(first)} failed")
     against = next((pair for pair in race.pairs if AS_WRITTEN in (pair.better, pair.other)), race.pairs[0])
     better, other = entrant_name(against.better), entrant_name(against.other)
-    tied = [entrant_name(one) for one in race.tied[1:]]
+    tied = [entrant_name(one) for one in race.tied if one != against.better]
     how = f"{metric}, 95 % {against.low:.4f} to {against.high:.4f}, {against.seeds} paired seeds"
     if against.is_told_apart:
         beside = f"; no difference found from {', '.join(tied)}" if tied else ""
@@ -75,14 +77,16 @@ def verdict(race: Standing, metric: str, best: Trial | None, search: Search) -> 
 def best_trial(found: Verdict, trials: Sequence[Trial], race: Sequence[Trial], plan: Plan) -> Trial | None:
     """The trial to use: the first of the race, or of the search where there was none.
 
-    One that the search did not train to its end has the bundle of its best seed.
+    One that the search did not train to its end has the bundle of its best seed, as has the experiment as written where
+    that won.
     """
     raced = [one for one in found.order if one != AS_WRITTEN]
     ended = [one for one in trials if one.status == "finished"]
-    if not raced:
+    first = found.winner if found.winner is not None else next(iter(raced), None)
+    if first is None:
         return max(ended, key=lambda one: (one.value(plan.sign), -one.number), default=None)
-    best = trials[raced[0]]
-    heats = [one for one in race if one.entrant == best.number and one.status == "finished"]
+    heats = [one for one in race if one.entrant == first and one.status == "finished"]
+    best = Trial(AS_WRITTEN, {}) if first == AS_WRITTEN else trials[first]
     if best.status == "finished" or not heats:
         return best
     heat = max(heats, key=lambda one: one.value(plan.sign))

@@ -6,11 +6,12 @@ that a small network that trains many epochs is compared with a large one that t
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from scalecv.config import Scalar
 from scalecv.config.search import Search
 from scalecv.search.trials import Point, Trial
 from scalecv.train.job import Pause
@@ -52,6 +53,8 @@ class Plan:
     rung: float
     """The first rung, in device-seconds or epochs."""
     in_seconds: bool
+    as_written: Mapping[str, Scalar] = field(default_factory=dict)
+    """Values that the experiment itself has for the keys of the space."""
     _known: dict[int, "_Known"] = field(default_factory=dict, compare=False, repr=False)
     """Of each trial what was computed of its points last: thousands of trials are looked at again and again."""
 
@@ -83,10 +86,11 @@ class Plan:
 
     def until(self, points: Sequence[Point], level: float) -> int | None:
         """How many points there are when a rung is reached, at the end of the epoch nearest to it; None: it is not."""
-        before = 0.0
+        before = None
         for count, point in enumerate(points, 1):
             at = point.device_s if self.in_seconds else float(point.epoch)
-            if Pause(level).is_reached(at, at - before):
+            last = at / point.epoch if before is None else at - before
+            if Pause(level).is_reached(at, last):
                 return count
             before = at
         return None
@@ -171,9 +175,26 @@ def kept_s(plan: Plan, trials: Sequence[Trial]) -> float:
     finish = price * (1 - best.epochs / plan.epochs) if best.status != "finished" else 0.0
     if not plan.search.finalists:
         return finish
-    smallest, share_s = FEWEST * 2 * price, RACE_SHARE * plan.search.budget_s
-    race = min(FEWEST * (plan.search.finalists + 1) * price, max(share_s, smallest))
+    smallest, share_s = race_s(plan, trials, 1), RACE_SHARE * plan.search.budget_s
+    race = min(race_s(plan, trials, plan.search.finalists), max(share_s, smallest))
     return ROUNDING * (finish + race) if smallest < MOST_SHARE * plan.search.budget_s else finish
+
+
+def finalists(plan: Plan, trials: Sequence[Trial], count: int) -> list[Trial]:
+    """The best trials, each set of values once, and none that is the experiment as written."""
+    out: list[Trial] = []
+    for one in ranking(plan, trials):
+        values = [other.overrides for other in out]
+        is_written = all(plan.as_written.get(key) == value for key, value in one.overrides.items())
+        if len(out) < count and one.overrides not in values and not (is_written and plan.as_written):
+            out.append(one)
+    return out
+
+
+def race_s(plan: Plan, trials: Sequence[Trial], count: int) -> float:
+    """Device-seconds of the first seeds of a race; the experiment as written counts as the dearest finalist."""
+    prices = [price_s(plan, one) for one in finalists(plan, trials, count)]
+    return FEWEST * (sum(prices) + max(prices)) if prices else 0.0
 
 
 def price_s(plan: Plan, trial: Trial) -> float:
@@ -190,12 +211,16 @@ def is_enough(plan: Plan, trials: Sequence[Trial]) -> bool:
     The next doubling is taken to gain no more than the last: the best of all trials less the expected best of a random
     half of them.
     """
-    values = sorted(value for one in trials if (value := plan.known(one).value) > -math.inf)
+    alive = [one for one in trials if one.status != "failed"]
+    values = sorted(value for one in alive if (value := plan.known(one).value) > -math.inf)
     count = len(values)
     if not plan.search.min_gain or count < GAIN_FROM:
         return False
     half = count // 2
-    best = sum(math.comb(place, half - 1) / math.comb(count, half) * value for place, value in enumerate(values))
+    best, chance = 0.0, half / count  # that the best of all is in the half
+    for place in range(count - 1, half - 2, -1):
+        best += chance * values[place]
+        chance *= (place - half + 1) / place if place else 0.0
     return values[-1] - best < plan.search.min_gain
 
 
@@ -230,39 +255,61 @@ def _promote(plan: Plan, trials: Sequence[Trial]) -> Trial | None:
 
 def _above_median(plan: Plan, trials: Sequence[Trial]) -> Trial | None:
     """A paused trial that is no worse than the median of those that reached its rung."""
-    for one in trials:
+    alive = [(one, plan.known(one)) for one in trials if one.status != "failed"]
+    medians = dict[int, float]()
+    for one, known in alive:
+        place = len(known.at_rungs) - 1
         if one.status != "paused":
             continue
-        others = _at_rung_of(plan, one, trials)
-        value = one.value(plan.sign)
-        if len(others) < FEWEST or value >= np.median([other for _, other in others]):
+        if place not in medians:
+            values = [
+                other.at_rungs[place] if place < len(other.at_rungs) else other.value
+                for trial, other in alive
+                if place < len(other.at_rungs) or trial.status == "finished"
+            ]
+            medians[place] = float(np.median(values)) if len(values) >= FEWEST else -math.inf
+        if known.at_rungs[place] >= medians[place]:
             return replace(one, until=plan.after(one))
     return None
 
 
 def _exploit(plan: Plan, trials: Sequence[Trial]) -> Trial | None:
-    """A paused trial; one of the worst quarter of its rung is replaced by a child of one of the best quarter."""
+    """What follows once a population is at a rung: children of the best quarter replace the worst, the others go on.
+
+    Children come first: they begin with the checkpoints that their parents have at this rung.
+    """
     replaced = {one.replaces for one in trials}
-    waits = [one for one in trials if one.status == "paused" and one.number not in replaced]
-    for one in sorted(waits, key=lambda one: (one.until or 0.0, one.number)):
-        others = sorted(_at_rung_of(plan, one, trials), key=lambda pair: (-pair[1], pair[0].number))
-        quarter = len(others) // 4
-        if quarter and one.number in [other.number for other, _ in others[-quarter:]]:
-            digest = hashlib.sha256(f"{len(trials)}|{one.number}".encode()).digest()
-            source = others[digest[0] % quarter][0]
+    members = [one for one in trials if one.status != "failed" and one.number not in replaced]
+    waits = [one for one in members if one.status == "paused" and one.until is not None]
+    rung = min((one.until for one in waits if one.until is not None), default=None)
+    if rung is None or any(one.status == "running" and (one.until or math.inf) <= rung for one in members):
+        return None
+    counts = [
+        (one, plan.until(one.points, rung))
+        for one in trials
+        if one.status != "failed" and (one.born is None or one.born < rung)
+    ]
+    peers = [
+        (one, one.value(plan.sign, count)) for one, count in counts if count is not None or one.status == "finished"
+    ]
+    order = [one for one, _ in sorted(peers, key=lambda pair: (-pair[1], pair[0].number))]
+    quarter = len(order) // 4
+    here = [one for one in waits if one.until == rung]
+    sources = [one for one in order[:quarter] if one in here]
+    for loser in order[len(order) - quarter :] if sources else []:
+        if loser in here:
+            digest = hashlib.sha256(f"{len(trials)}|{loser.number}".encode()).digest()
+            source = sources[digest[0] % len(sources)]
             return Trial(
-                len(trials), source.overrides, until=plan.after(one), parent=source.number, replaces=one.number
+                len(trials),
+                source.overrides,
+                until=plan.after(loser),
+                parent=source.number,
+                replaces=loser.number,
+                born=rung,
+                inherited=source.epochs,
             )
-        return replace(one, until=plan.after(one))
-    return None
-
-
-def _at_rung_of(plan: Plan, trial: Trial, trials: Sequence[Trial]) -> list[tuple[Trial, float]]:
-    """The trials that came as far as one that is paused, and the objective of each when it did."""
-    reached = trial.until or 0.0
-    counted = [(one, plan.until(one.points, reached)) for one in trials if one.status != "failed"]
-    ended = [(one, count) for one, count in counted if count is not None or one.status == "finished"]
-    return [(one, one.value(plan.sign, count)) for one, count in ended]
+    return replace(here[0], until=plan.after(here[0]))
 
 
 def _ranked(plan: Plan, trials: Sequence[Trial], values: Sequence[float]) -> list[Trial]:

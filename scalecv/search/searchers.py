@@ -2,15 +2,14 @@
 
 import math
 import warnings
-from collections.abc import Sequence
-from itertools import islice
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from scalecv.config import Experiment, Scalar
 from scalecv.config.search import Spec
-from scalecv.errors import ConfigError
+from scalecv.errors import ConfigError, UserError
 from scalecv.search.schedule import Plan
-from scalecv.search.space import Values, at_random, generator, grid, mixture, rounded
+from scalecv.search.space import Values, at_random, generator, grid, mixture, resolve, rounded, told
 from scalecv.search.trials import Trial
 
 if TYPE_CHECKING:
@@ -20,25 +19,38 @@ GUIDED = 10
 """Attempts that ask Optuna, before chance is asked: it may love a corner in which nothing can run."""
 FROM_CHANCE = 10
 """First trials of which Optuna learns."""
-LIVING = ("train.lr", "train.weight_decay", "train.momentum", "train.clip_norm", "loss.", "data.augment.")
+LIVING = ("train.lr.", "train.weight_decay.", "train.momentum.", "train.clip_norm.", "loss.", "data.augment.")
 """Beginnings of keys that may change while a network learns."""
 CHANGE = (0.8, 1.25)
 
 
-def values_of(plan: Plan, trials: Sequence[Trial]) -> Values:
-    """What proposes the values of the next trial, given all records."""
+def values_of(plan: Plan, trials: Sequence[Trial], combinations: Sequence[dict[str, Scalar]] = ()) -> Values:
+    """What proposes the values of the next trial, given all records, and the combinations of a grid."""
     if plan.search.searcher == "optuna":
         return lambda base, number, attempt: (
             _by_optuna(plan, base, trials, number, attempt) if attempt < GUIDED else at_random(base, number, attempt)
         )
     if plan.search.searcher == "grid":
-        return lambda base, number, attempt: next(islice(grid(base), number, None))
+        drawn = [one.overrides for one in trials]
+        left = [values for values in combinations if values not in drawn]
+        return lambda base, number, attempt: left[0]
     return at_random
 
 
-def grid_size(base: Experiment, most: int) -> int:
-    """How many of at most so many trials a grid has."""
-    return sum(1 for _ in islice(grid(base), most))
+def runnable(
+    base: Experiment, approve: Callable[[Experiment], object], say: Callable[[str], None]
+) -> list[dict[str, Scalar]]:
+    """The first `search.trials` combinations of a grid that can run; `say` is told why others cannot."""
+    out: list[dict[str, Scalar]] = []
+    for values in grid(base):
+        if len(out) == base.search.trials:
+            break
+        try:
+            approve(resolve(base, values))
+            out.append(values)
+        except UserError as error:
+            say(f"left out {told(values)}: {str(error).splitlines()[0]}")
+    return out
 
 
 def study_of(plan: Plan, base: Experiment, trials: Sequence[Trial], *, as_ended: bool = False) -> "optuna.Study":
@@ -72,9 +84,21 @@ def perturbed(base: Experiment, child: Trial) -> dict[str, Scalar]:
             out[key] = spec.choice[min(max(at, 0), len(spec.choice) - 1)]
         elif key in out:
             low, high = spec.int or spec.uniform or spec.loguniform or (-math.inf, math.inf)
-            value = min(max(_number(out[key]) * float(rng.choice(CHANGE)), low), high)
-            out[key] = round(value) if spec.int else rounded(value)
+            before, factor = _number(out[key]), float(rng.choice(CHANGE))
+            step = max(1, round(before * abs(factor - 1)))
+            value = before + math.copysign(step, factor - 1) if spec.int else rounded(before * factor)
+            value = min(max(value, low), high)
+            out[key] = int(value) if spec.int else value
     return out
+
+
+def written_keys(base: Experiment) -> list[str]:
+    """Every key that a trial may set; each term of a mixture is one."""
+    return [
+        name
+        for key, spec in base.search.space.items()
+        for name in ([f"{key}.{term}" for term in spec.simplex] if spec.simplex else [key])
+    ]
 
 
 def is_living(key: str) -> bool:
@@ -135,7 +159,11 @@ def _values(key: str, spec: Spec, given: dict[str, Any]) -> dict[str, Scalar]:
     if spec.simplex is not None:
         # -log of uniform numbers is exponential: the shares are uniform on the simplex.
         return mixture(key, spec.simplex, [-math.log(max(value, 1e-9)) + 1e-9 for value in given.values()])
-    return {name: rounded(value) if isinstance(value, float) else value for name, value in given.items()}
+    low, high = spec.uniform or spec.loguniform or (-math.inf, math.inf)
+    return {
+        name: min(max(rounded(value), low), high) if isinstance(value, float) and spec.choice is None else value
+        for name, value in given.items()
+    }
 
 
 def _frozen(plan: Plan, base: Experiment, trial: Trial, as_ended: bool) -> Any:

@@ -15,7 +15,6 @@ def run_segment(
     tags: dict[str, str],
     code_dirs: tuple[str, ...] = (),
     *,
-    parent: Experiment | None = None,
     cost: str | None = None,
 ) -> dict[str, Any]:
     """Train on, and say how it ended: the fields of a `Trial` that changed, as plain values.
@@ -26,7 +25,6 @@ def run_segment(
         until: where the run pauses; None trains to the end.
         tags: of the trial's MLflow run.
         code_dirs: folders with the user's own networks.
-        parent: trial whose checkpoint this one begins with.
         cost: name of a second objective that is to be measured.
     """
     from scalecv.train import checkpoint, runs
@@ -42,8 +40,6 @@ def run_segment(
 
     began = time.monotonic()
     try:
-        if parent is not None:
-            runs.begin_with(experiment, parent)
         result = train(experiment, code_dirs=code_dirs, tell=hear, until=until, tags=tags)
         told |= {"status": "finished", "bundle": result.bundle, "weights_hash": result.weights_hash}
         told |= {"run_id": result.run_id, "metrics": result.metrics}
@@ -61,7 +57,10 @@ def run_segment(
     if told["status"] == "paused" and not (until and until.comes(epochs, devices)):
         told["status"] = "waiting"  # asked to stop on the way
     if cost and epochs and told["status"] != "failed":
-        told["cost"] = cost_of(experiment, cost)
+        try:
+            told["cost"] = cost_of(experiment, cost)
+        except Exception as error:  # a network of the user's may refuse to be counted; its trial does not fail for it
+            told["cause"] = f"{cost} is not known: {str(error).splitlines()[0] if str(error) else error!r}"
     told["metrics"] = {**(epochs[-1] if epochs else {}), **told["metrics"]}
     points, spent = list[dict[str, float]](), 0.0
     for one in epochs:

@@ -114,8 +114,8 @@ def _value(key: str, spec: Spec, rng: Any) -> dict[str, Scalar]:
         return mixture(key, spec.simplex, shares)
     low, high = spec.uniform or spec.loguniform or (0.0, 1.0)
     if spec.loguniform is not None:
-        return {key: rounded(math.exp(rng.uniform(math.log(low), math.log(high))))}
-    return {key: rounded(rng.uniform(low, high))}
+        return {key: min(max(rounded(math.exp(rng.uniform(math.log(low), math.log(high)))), low), high)}
+    return {key: min(max(rounded(rng.uniform(low, high)), low), high)}
 
 
 def mixture(key: str, terms: tuple[str, ...], shares: Any) -> dict[str, Scalar]:

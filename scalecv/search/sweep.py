@@ -6,6 +6,7 @@ A Tune trial is one segment and ends by itself, so nothing is ever killed to sto
 """
 
 import contextlib
+import json
 import math
 import re
 import tempfile
@@ -18,15 +19,15 @@ from typing import Any
 
 from scalecv import redact, runtime, storage
 from scalecv.artifacts import spool, tracking
-from scalecv.config import Experiment, dump
-from scalecv.errors import ConfigError, Interrupted, ScalecvError
+from scalecv.config import Experiment, dump, flatten
+from scalecv.errors import ConfigError, Interrupted, ScalecvError, UserError
 from scalecv.search.ledger import Ledger
 from scalecv.search.page import page
 from scalecv.search.pictures import draw_all
 from scalecv.search.race import Standing, next_heat, standing_of
 from scalecv.search.report import Swept, Verdict, best_trial, entrant_name, table, verdict
 from scalecv.search.schedule import Plan, best_of, kept_s, leader, next_segment
-from scalecv.search.searchers import check_living, grid_size, perturbed, values_of
+from scalecv.search.searchers import check_living, perturbed, runnable, values_of, written_keys
 from scalecv.search.segment import run_segment
 from scalecv.search.space import draw, resolve, told
 from scalecv.search.trials import AS_WRITTEN, Point, Trial
@@ -68,7 +69,8 @@ def tune(
             "search: {space: {train.lr: {loguniform: [1e-4, 1e-2]}}}"
         )
     experiment = _alike(same_everywhere(experiment))
-    manifest = open_dataset(experiment.data.uri, experiment.data.version).manifest
+    dataset = open_dataset(experiment.data.uri, experiment.data.version)
+    manifest = dataset.manifest
 
     def approve(one: Experiment) -> None:
         check(one, manifest)
@@ -80,7 +82,9 @@ def tune(
     draw(experiment, 0, approve)  # a space that cannot work is told before anything is written
     storage.check_writable(runs.home(experiment))
     with runs.lease(experiment):
-        ledger = Ledger(runs.home(experiment), experiment)
+        ledger = Ledger(runs.home(experiment), experiment, dataset.version)
+        data = experiment.data.model_copy(update={"version": ledger.version})
+        experiment = experiment.model_copy(update={"data": data})
         ledger.wake()
         return _Sweep(experiment, ledger, approve, tell).run(code_dirs)
 
@@ -123,9 +127,14 @@ class _Sweep:
         self.metric = str(experiment.train.metric)
         sign = -1.0 if is_cost(self.metric) else 1.0
         search = experiment.search
-        if search.searcher == "grid":
-            search = search.model_copy(update={"trials": grid_size(experiment, search.trials)})
-        self.plan = Plan(search, experiment.train.epochs, sign, *ledger.rung)
+        self.grid = runnable(experiment, approve, self._say) if search.searcher == "grid" else []
+        if self.grid:
+            search = search.model_copy(update={"trials": len(self.grid)})
+        if search.scheduler == "pbt":  # values change on the way, so no seed can repeat a trial
+            search = search.model_copy(update={"finalists": 0})
+        flat = flatten(experiment.model_dump(mode="json", exclude={"search"}))
+        written = {key: flat[key] for key in written_keys(experiment) if key in flat}
+        self.plan = Plan(search, experiment.train.epochs, sign, *ledger.rung, written)
         self.devices = max(1, experiment.scale.workers)
         self.under_way = UnderWay(self.devices)
         self.failure = ""
@@ -146,7 +155,10 @@ class _Sweep:
     def run(self, code_dirs: tuple[str, ...]) -> Swept:
         """Run until nothing is left to do."""
         if not self.ledger.trials:
-            space = {key: str(spec.model_dump(exclude_none=True)) for key, spec in self.plan.search.space.items()}
+            space = {
+                key: json.dumps(spec.model_dump(exclude_none=True, exclude_defaults=True))
+                for key, spec in self.plan.search.space.items()
+            }
             spool.append(self.path, {"kind": "params", "params": {f"search.space.{k}": v for k, v in space.items()}})
             spool.append(self.path, {"kind": "text", "file": "experiment.yaml", "text": dump(self.experiment)})
         status = "FAILED"
@@ -161,15 +173,17 @@ class _Sweep:
                 raise Interrupted(
                     f"stopped as asked, all trials are kept in {self.ledger.home}: the same command goes on"
                 )
-            if all(one.status == "failed" for one in self.ledger.trials):
+            if self.ledger.trials and all(one.status == "failed" for one in self.ledger.trials):
                 raise ScalecvError(
                     f"all {len(self.ledger.trials)} trials failed, such as: {self.ledger.trials[-1].cause}"
                 )
             status = "FINISHED"
+            self._record()
             swept = self._swept()
             return replace(swept, report=self._report(swept))
         finally:
-            self._record()
+            if status != "FINISHED":
+                self._record()
             spool.append(self.path, {"kind": "end", "status": status})
             if not self.sender.close(self.patience_s):
                 self._say(self.sender.waiting())
@@ -185,15 +199,14 @@ class _Sweep:
                 return None if self.under_way and not ends else FINISHED
             try:
                 trial = self._drawn(found)
-            except ConfigError as error:
+            except ScalecvError as error:
                 self.failure = str(error)
                 return FINISHED
             trial = replace(trial, status="running")
             self.ledger.keep(trial)
             self.under_way.begin(tune_id, trial)
         until = None if trial.until is None else (trial.until, self.plan.in_seconds)
-        parent = None if trial.parent is None else self._of(self.ledger.trials[trial.parent]).model_dump(mode="json")
-        return {"until": until, "experiment": self._of(trial).model_dump(mode="json"), "parent": parent}
+        return {"until": until, "experiment": self._of(trial).model_dump(mode="json")}
 
     def ended(self, tune_id: str, result: dict[str, Any] | None) -> None:
         """Record what a segment told; nothing told means that its process died."""
@@ -203,7 +216,8 @@ class _Sweep:
                 return
             trial = self._record_of(begun)
             outcome = result or {"status": "failed", "cause": f"its process died {DEATHS + 1} times: out of memory?"}
-            points = tuple(Point(**point) for point in outcome.pop("points", ())) or trial.points
+            told_points = [Point(**point) for point in outcome.pop("points", ())]
+            points = tuple(point for point in told_points if point.epoch > trial.inherited) or trial.points
             spent = trial.device_s + outcome.pop("device_s", held_s)
             # What was trained under a driver that was killed counts, too.
             spent = max(spent, points[-1].device_s if points and trial.parent is None else 0.0)
@@ -238,15 +252,22 @@ class _Sweep:
     def _drawn(self, found: Trial | int) -> Trial:
         """A trial with its values.
 
-        Raises: ConfigError: no values of the space can run.
+        Raises: ConfigError: no values of the space can run. ScalecvError: a checkpoint could not be copied.
         """
         if isinstance(found, int):
-            drawn = draw(self.experiment, found, self.approve, values_of(self.plan, self.ledger.trials))
+            drawn = draw(self.experiment, found, self.approve, values_of(self.plan, self.ledger.trials, self.grid))
             for reason in drawn.left_out:
                 self._say(f"left out {reason}")
             return Trial(found, drawn.overrides, until=self.plan.first(found))
         if found.parent is not None and found.number == len(self.ledger.trials):
-            return replace(found, overrides=perturbed(self.experiment, found))
+            child = replace(found, overrides=perturbed(self.experiment, found))
+            try:
+                self.approve(resolve(self.experiment, child.overrides))
+            except UserError:
+                child = found
+            # While its parent stands at the rung: later the checkpoint would be another.
+            runs.begin_with(self._of(child), self._of(self.ledger.trials[found.parent]))
+            return child
         return found
 
     def _record_of(self, trial: Trial) -> Trial:
@@ -266,6 +287,10 @@ class _Sweep:
         spool.append(self.path, {"kind": "metrics", "step": int(spent * 1000), "metrics": metrics})
         if time.monotonic() - self.table_at >= every_s:
             self.table_at = time.monotonic()
+            ahead = leader(self.plan, trials)
+            if ahead is not None:
+                value = self.plan.sign * ahead.value(self.plan.sign)
+                self._note(f"best so far: trial {ahead.number}, {self.metric} {value:.4f}: {told(ahead.overrides)}")
             spool.append(self.path, {"kind": "text", "file": "trials.md", "text": table(trials, self.metric)})
 
     def _report(self, swept: Swept) -> str:
@@ -276,13 +301,24 @@ class _Sweep:
             uri = storage.join(self.ledger.home, "pictures", f"{name}.png")
             spool.append(self.path, {"kind": "image", "uri": uri, "key": f"sweep/{name}", "step": step})
         spool.append(self.path, {"kind": "text", "file": "verdict.txt", "text": swept.verdict.sentence + "\n"})
+        self._note(swept.verdict.sentence)
         where = storage.join(self.ledger.home, "report.html")
         storage.put(where, redact.clean(page(swept, drawn, dump(self.experiment))).encode())
         spool.append(self.path, {"kind": "artifact", "uri": where, "folder": ""})
         return where
 
+    def _note(self, text: str) -> None:
+        """What the sweep's page in MLflow says first."""
+        asked = f"{self.experiment.question}\n\n" if self.experiment.question else ""
+        spool.append(self.path, {"kind": "tags", "tags": {"mlflow.note.content": asked + text}})
+
     def _draw(self, found: Verdict | None = None) -> dict[str, bytes]:
-        drawn = draw_all(self.plan, self.experiment, self.metric, self.ledger.trials, found)
+        """Pictures by name; a fault in drawing is told, and costs no trial."""
+        try:
+            drawn = draw_all(self.plan, self.experiment, self.metric, list(self.ledger.trials), found)
+        except Exception as error:
+            self._say(f"pictures of the sweep could not be drawn: {error!r}")
+            return {}
         for name, data in drawn.items():
             uri = storage.join(self.ledger.home, "pictures", f"{name}.png")
             storage.put(uri, data)
@@ -368,10 +404,11 @@ class _Sweep:
 
         Again and again, for a run that is about to begin takes away what lies there.
         """
-        drawn_at = time.monotonic()
+        drawn_at, drawing = time.monotonic(), threading.Thread()
         while not ended.wait(WATCH_S):
-            if time.monotonic() - drawn_at > DRAW_S:
-                self._draw()
+            if time.monotonic() - drawn_at > DRAW_S and not drawing.is_alive():
+                drawing = threading.Thread(target=self._draw, name="pictures", daemon=True)
+                drawing.start()  # it takes seconds, and nothing else may wait for it
                 drawn_at = time.monotonic()
             for name, trial in self.under_way.waiting.items():
                 with contextlib.suppress(OSError, ScalecvError):
@@ -407,6 +444,5 @@ class _Segment:
 
     def __call__(self, config: dict[str, Any]) -> dict[str, Any]:
         experiment = Experiment.model_validate(config["experiment"])
-        parent = None if config["parent"] is None else Experiment.model_validate(config["parent"])
         until = None if config["until"] is None else Pause(*config["until"])
-        return run_segment(experiment, self.metric, until, self.tags, self.code_dirs, parent=parent, cost=self.cost)
+        return run_segment(experiment, self.metric, until, self.tags, self.code_dirs, cost=self.cost)

@@ -49,7 +49,11 @@ class Trial:
     bundle: str = ""
     weights_hash: str = ""
     parent: int | None = None
-    """Trial whose checkpoint it goes on from (pbt)."""
+    """Trial whose checkpoint it began with (pbt)."""
+    born: float | None = None
+    """Rung at which it did."""
+    inherited: int = 0
+    """Epochs in that checkpoint; its points begin after them."""
     replaces: int | None = None
     """Trial whose place in the population it takes (pbt)."""
     entrant: int | None = None

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from scalecv.config import Search
-from scalecv.search.race import standing
+from scalecv.search.race import standing, standing_of
 from scalecv.search.report import best_trial, verdict
-from scalecv.search.schedule import Plan
+from scalecv.search.schedule import Plan, finalists
 from scalecv.search.trials import AS_WRITTEN, Point, Trial
 from tests.reference.search_sim import World, alike, simulate, spread, told
 
@@ -111,3 +111,23 @@ def test_what_is_kept_of_the_budget_is_enough_for_a_race():
             assert sum(one.device_s for one in [*trials, *heats]) <= 1.05 * budget
             whole = max(one.points[-1].device_s for one in trials if one.status == "finished")
             assert heats or 6 * whole > 0.6 * budget, (seed, budget)
+
+
+def test_each_set_of_values_races_once_and_the_experiment_as_written_beside_them():
+    plan = Plan(Search(finalists=3), 9, 1.0, 1.0, False, {"train.lr": 0.1})
+    lrs = (0.1, 0.2, 0.2, 0.3, 0.4)
+    trials = [Trial(n, {"train.lr": lr}, "finished", points=(Point(9, 0.9 - n / 10, 9.0),)) for n, lr in enumerate(lrs)]
+    assert [one.number for one in finalists(plan, trials, 3)] == [1, 3, 4]
+    assert {entrant for entrant, _ in standing_of(plan, trials, [], 1e9).needs} == {1, 3, 4, AS_WRITTEN}
+
+
+def test_where_the_experiment_as_written_wins_its_own_best_seed_is_what_to_use():
+    plan = Plan(Search(), 9, 1.0, 1.0, False)
+    values = {0: {0: 0.1, 1: 0.1, 2: 0.11}, AS_WRITTEN: {0: 0.9, 1: 0.91, 2: 0.9}}
+    heats = [
+        Trial(n, {}, "finished", points=(Point(9, value),), bundle=str(n), entrant=AS_WRITTEN, seed=n)
+        for n, value in values[AS_WRITTEN].items()
+    ]
+    found = verdict(standing([0, AS_WRITTEN], values, 3), "m", None, Search())
+    best = best_trial(found, [Trial(0, {}, "finished", bundle="x")], heats, plan)
+    assert found.winner == AS_WRITTEN and best.bundle == "1" and best.number == AS_WRITTEN

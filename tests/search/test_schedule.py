@@ -16,7 +16,7 @@ from scalecv.search.schedule import (
     next_segment,
     ranking,
 )
-from scalecv.search.searchers import check_living, grid_size, perturbed, values_of
+from scalecv.search.searchers import check_living, perturbed, runnable, values_of
 from scalecv.search.space import draw, grid
 from scalecv.search.trials import Point, Trial
 
@@ -32,10 +32,12 @@ def sweep(search, quality, epochs, seconds=None):
     while (found := next_segment(plan, trials, left())) is not None:
         trial = Trial(found, {}, until=plan.first(found)) if isinstance(found, int) else found
         points, number = list(trial.points), trial.number
-        while len(points) < epochs and not (points and trial.until and plan.until(points, trial.until)):
-            epoch = len(points) + 1
+        begin = points[-1].epoch if points else trial.inherited
+        for epoch in range(begin + 1, epochs + 1):
+            if points and trial.until and plan.until(points, trial.until):
+                break
             points.append(Point(epoch, quality[number] * epoch, epoch * seconds[number]))
-        status = "finished" if len(points) == epochs else "paused"
+        status = "finished" if points[-1].epoch == epochs else "paused"
         spent_s = points[-1].device_s
         trials[number : number + 1] = [replace(trial, status=status, device_s=spent_s, points=tuple(points))]
     return plan, trials
@@ -62,8 +64,12 @@ def test_a_sweep_ends_and_its_best_trial_is_trained_to_its_end(scheduler):
 def test_the_worst_of_a_population_are_replaced_by_children_of_the_best():
     quality = [1.0, 2.0, 3.0, 4.0] * 100
     _, told = sweep(Search(trials=4, scheduler="pbt", rung="3epochs"), quality, epochs=9)
-    child = told[4]
-    assert child.replaces == 0 and child.parent == 3 and told[0].status == "paused"
+    first = told[4]
+    assert (first.replaces, first.parent, first.born, first.inherited) == (0, 3, 3.0, 3)
+    assert told[0].status == "paused" and told[0].epochs == 3
+    assert first.points[0].epoch == 4 and first.epochs in (6, 9)
+    second = told[5]  # at the next rung, where the worst is one of those that are left
+    assert second.born == 6.0 and second.replaces != 0 and len(told) == 6
 
 
 def test_rungs_in_seconds_give_small_and_large_networks_the_same_time():
@@ -121,6 +127,17 @@ def test_weights_of_a_simplex_add_up_and_conditions_hold():
     [
         ({"metric": "val/loss"}, "depends on the weights that are searched"),
         ({"budget": "soon"}, "is not a time"),
+        ({"budget": "0s"}, "is not a time"),
+        ({"space": {"seed": {"int": [1, 9]}}}, "cannot be compared"),
+        (
+            {
+                "space": {
+                    "model.arch": {"choice": ["unet"]},
+                    "train.lr": {"uniform": [0, 1], "when": {"model.arch": ["unett"]}},
+                }
+            },
+            "'unett', which is none of",
+        ),
         ({"rung": "0epochs"}, "is no rung"),
         ({"rung": "3"}, "is no rung"),
         ({"searcher": "grid", "space": {"train.lr": {"uniform": [1, 2]}}}, "made of choices alone"),
@@ -163,9 +180,21 @@ def test_a_grid_has_every_combination_once_and_keys_only_where_they_count():
     }
     base = build({**BASE, "search": {"space": space, "searcher": "grid"}}, "test")
     every = list(grid(base))
-    assert len(every) == 6 == grid_size(base, 100) and grid_size(base, 4) == 4
+    assert len(every) == 6
+    said = []
+
+    def approve(one):
+        if one.model.arch == "unet" and one.train.lr == 0.1:
+            raise ConfigError("does not fit")
+
+    left = runnable(base, approve, said.append)
+    assert left == every[1:] and said == ["left out model.arch=unet train.lr=0.1: does not fit"]
     plan = Plan(base.search, 9, 1.0, 1.0, False)
-    assert [draw(base, n, lambda one: None, values_of(plan, [])).overrides for n in range(6)] == every
+    trials = []
+    for number in range(5):
+        drawn = draw(base, number, approve, values_of(plan, trials, left)).overrides
+        trials.append(Trial(number, drawn))
+    assert [one.overrides for one in trials] == left
     assert sum("model.encoder" in one for one in every) == 4
 
 
@@ -176,7 +205,7 @@ def test_optuna_learns_from_the_records_alone(cost):
         "model.encoder": {"choice": ["resnet18", "resnet34"], "when": {"model.arch": ["fpn"]}},
         "loss": {"simplex": ["bce", "dice"]},
         "train.lr": {"loguniform": [1e-5, 1]},
-        "train.epochs": {"int": [1, 9]},
+        "train.batch": {"int": [1, 9]},
     }
     base = build({**BASE, "search": {"space": space, "searcher": "optuna", "cost": cost}}, "test")
     plan, trials = Plan(base.search, 9, 1.0, 1.0, False), []
