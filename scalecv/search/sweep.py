@@ -159,7 +159,8 @@ class _Sweep:
                 key: json.dumps(spec.model_dump(exclude_none=True, exclude_defaults=True))
                 for key, spec in self.plan.search.space.items()
             }
-            spool.append(self.path, {"kind": "params", "params": {f"search.space.{k}": v for k, v in space.items()}})
+            # As tags: parameters would stand over each picture in MLflow's pages.
+            spool.append(self.path, {"kind": "tags", "tags": {f"search.space.{k}": v for k, v in space.items()}})
             spool.append(self.path, {"kind": "text", "file": "experiment.yaml", "text": dump(self.experiment)})
         status = "FAILED"
         try:
