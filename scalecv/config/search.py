@@ -63,8 +63,8 @@ class Search(Frozen):
     begin at later rungs; median: those above the median of the rung; pbt: all, the worst quarter with weights and
     changed values of the best; none: trials do not pause."""
     rung: str | None = None
-    """The first rung, as 30s of device-seconds or 2epochs. Empty: with a budget, the device-seconds that leave each
-    rung an equal share; without one, 1epochs."""
+    """The first rung, as 2epochs or 30s of device-seconds. Empty: 1epochs. In device-seconds a network that is quick to
+    train is ahead, whatever a slow one would reach in the end."""
     eta: int = Field(3, ge=2)
     """asha and hyperband: one of so many trials of a rung goes on; the next rung is so many times as far."""
     min_gain: float = Field(0.0, ge=0)

@@ -1,7 +1,7 @@
 """What runs next: a function of the records alone, so a driver that was started again decides as it would have.
 
-Trials pause at rungs, with all of their state, and the scheduler says which go on. Rungs lie in device-seconds, so
-that a small network that trains many epochs is compared with a large one that trains few; or in epochs.
+Trials pause at rungs, with all of their state, and the scheduler says which go on. Rungs lie in epochs, or in
+device-seconds, where a small network that trains many epochs is compared with a large one that trains few.
 """
 
 import hashlib
@@ -101,18 +101,10 @@ class Plan:
 
 
 def first_rung(search: Search) -> tuple[float, bool]:
-    """The first rung, and whether it is in device-seconds.
-
-    With a budget and no rung it is the length at which each rung costs the same, and all together what the search may
-    spend: n trials of one length, n/eta of eta lengths, and so on.
-    """
+    """The first rung, and whether it is in device-seconds."""
     if search.rung_s is not None:
         return search.rung_s, True
-    if search.rung_epochs is not None or search.budget_s is None:
-        return float(search.rung_epochs or 1), False
-    share = 1.0 - (RACE_SHARE if search.finalists else 0.0)
-    depth = 1 + math.log(search.trials) / math.log(search.eta)
-    return search.budget_s * share / (search.trials * depth), True
+    return float(search.rung_epochs or 1), False
 
 
 def next_segment(plan: Plan, trials: Sequence[Trial], left_s: float = math.inf) -> Trial | int | None:

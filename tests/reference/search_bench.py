@@ -33,7 +33,15 @@ TRIALS = 400
 
 
 def curves(sweeps: int) -> Iterator[str]:
-    """Quality of the trial that a sweep chooses, by scheduler and budget."""
+    """Quality of the trial that a sweep chooses, where large networks learn as much in an epoch, and where more."""
+    for gain, world in ((0.0, "learns as much in an epoch as a small one"), (0.7, "learns k^0.7 times as much")):
+        yield f"### A network whose epochs take k times as long {world}"
+        yield ""
+        yield from _curves(sweeps, gain)
+        yield ""
+
+
+def _curves(sweeps: int, gain: float) -> Iterator[str]:
     about = {"trials": TRIALS, "finalists": 0}
     ways = {
         "random, each trial to its end": Search(scheduler="none", budget=f"{BUDGET_S}s", **about),
@@ -48,7 +56,7 @@ def curves(sweeps: int) -> Iterator[str]:
     spent: dict[str, list[float]] = {way: [] for way in ways}
     begun: dict[str, list[int]] = {way: [] for way in ways}
     for seed in range(sweeps):
-        config = spread(seed)
+        config = spread(seed, gain=gain)
         top = max(config(number).quality for number in range(TRIALS))
         for way, search in ways.items():
             plan, trials, _, _ = simulate(search, World(config, EPOCHS, 0.005, 0.007, seed))

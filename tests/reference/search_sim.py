@@ -25,11 +25,13 @@ class Config:
     quality: float
     speed: float
     epoch_s: float
+    pace: float = 1.0
+    """How many epochs of a small network one of its epochs is worth."""
 
     def curve(self, epochs: int, noise: float, seed_noise: float, rng: np.random.Generator) -> np.ndarray:
         """Objective after each epoch of one training: `noise` differs from epoch to epoch, `seed_noise` stays."""
-        at = np.arange(1, epochs + 1)
-        tends = self.quality - 0.5 * at**-self.speed + 0.5 * epochs**-self.speed  # quality is that of the end
+        at = self.pace * np.arange(1, epochs + 1)
+        tends = self.quality - 0.5 * at**-self.speed + 0.5 * at[-1] ** -self.speed  # quality is that of the end
         return tends + rng.normal(0, seed_noise) + rng.normal(0, noise, epochs)
 
 
@@ -94,8 +96,12 @@ def _trained(plan: Plan, world: World, trial: Trial) -> Trial:
     return replace(trial, status="paused", points=tuple(points[:count]), device_s=points[count - 1].device_s)
 
 
-def spread(seed: int, arches: int = 5) -> Callable[[int], Config]:
-    """Configurations of several architectures: a few seconds to a few minutes an epoch."""
+def spread(seed: int, arches: int = 5, gain: float = 0.0) -> Callable[[int], Config]:
+    """Configurations of several architectures: a few seconds to a minute an epoch.
+
+    Args:
+        gain: what an epoch of a network that takes k times as long is worth: k**gain epochs of the small one.
+    """
     rng = np.random.default_rng([seed, 0xA])
     slow = np.exp(rng.uniform(math.log(3), math.log(60), arches))
     good = 0.70 + 0.02 * np.log(slow / 3) / math.log(20) + rng.normal(0, 0.01, arches)
@@ -104,7 +110,8 @@ def spread(seed: int, arches: int = 5) -> Callable[[int], Config]:
         one = np.random.default_rng([seed, number + 1, 0xB])
         arch = int(one.integers(arches))
         loss = abs(one.normal(0, 0.06))  # of a learning rate and loss weights that are not the best
-        return Config(float(good[arch] - loss), float(one.uniform(0.6, 1.4)), float(slow[arch]))
+        pace = (slow[arch] / slow.min()) ** gain
+        return Config(float(good[arch] - loss), float(one.uniform(0.6, 1.4)), float(slow[arch]), float(pace))
 
     return config
 
