@@ -34,6 +34,8 @@ from scalecv.shards.manifest import Manifest
 FORMAT = 1
 SHARE = 0.5
 """Of the cap of the cache for all splits together; the rest is for row groups."""
+LEFT_OUT = ("augment", "size_px", "resize", "sides_px")
+"""Of `Pixels`, what comes after the slot, or stands in its layout."""
 PATIENCE_S = 2.0
 """How long the rows that other processes decode are waited for before they are decoded here too."""
 LOOK_S = 0.001
@@ -208,7 +210,7 @@ def give_up(cache: NodeCache, error: OSError) -> None:
 def _name(manifest: Manifest, split: str, how: Pixels, layout: Layout) -> str:
     """SHA-256 of all that decides what stands in which slot."""
     resized = layout.shape[:2] == (how.size_px, how.size_px)
-    about = {name: value for name, value in vars(how).items() if name not in ("augment", "size_px", "resize")}
+    about = {name: value for name, value in vars(how).items() if name not in LEFT_OUT}
     shards = [(shard.path, shard.row_groups) for shard in manifest.shards_of(split)]
     told = [FORMAT, shards, about, how.resize if resized else "", dataclasses.asdict(layout), *_software()]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
