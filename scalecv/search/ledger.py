@@ -4,8 +4,8 @@
     STORAGE/NAME/trials/0007.json     record of a trial
     STORAGE/NAME/race/0002.json       record of a training of the race
     STORAGE/NAME/runs/NAME-0007/      run of a trial: checkpoints, bundle, spool
-A segment that was under way when its driver died is run again from its run's checkpoint; its seconds until then are
-in no record.
+A segment that was under way when its driver died is run again from its run's checkpoint; of its seconds until then
+those of the epochs that were saved count.
 """
 
 import hashlib

@@ -91,7 +91,7 @@ def standing_of(plan: Plan, trials: Sequence[Trial], race: Sequence[Trial], left
     took = {one.entrant: one.device_s for one in race if one.status == "finished"}
     price = sum(took.get(entrant, 0.0) for entrant, _ in found.needs)
     if next_seed >= FIRST_LOOK and not is_begun and price > left_s:
-        return standing(entrants, values, plan.search.seeds, plan.sign, seeds=next_seed)
+        return standing(entrants, values, plan.search.seeds, plan.sign, ends_after=next_seed)
     return found
 
 
@@ -110,7 +110,7 @@ def standing(
     values: Mapping[int, Mapping[int, float]],
     most: int,
     sign: float = 1.0,
-    seeds: int | None = None,
+    ends_after: int | None = None,
 ) -> Standing:
     """What a race says, or which trainings it needs to say more.
 
@@ -122,9 +122,9 @@ def standing(
         values: entrant -> seed -> objective; an entrant with one that is no number drops out.
         most: seeds that were planned.
         sign: 1 where a larger objective is better, else -1.
-        seeds: after which the race ends, whatever it says; None: `most`.
+        ends_after: seeds after which the race ends, whatever it says; None: `most`.
     """
-    last = seeds or most
+    last = ends_after or most
     alive = [one for one in entrants if all(map(math.isfinite, values.get(one, {}).values()))]
     out: list[Pair] = []
     if len(alive) < 2:

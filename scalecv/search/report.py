@@ -6,7 +6,7 @@ from typing import Any
 
 from scalecv.config.search import Search
 from scalecv.search.race import Pair, Standing
-from scalecv.search.schedule import Plan
+from scalecv.search.schedule import Plan, best_of
 from scalecv.search.space import told
 from scalecv.search.trials import AS_WRITTEN, Trial
 
@@ -48,6 +48,8 @@ class Swept:
 
 def verdict(race: Standing, metric: str, best: Trial | None, search: Search) -> Verdict:
     """The verdict of a race that is over."""
+    if search.scheduler == "pbt":
+        return Verdict("not raced: values change on the way with search.scheduler=pbt, so no seed can repeat a trial")
     if not search.finalists:
         return Verdict("not raced: search.finalists=0, each trial had one seed")
     if race.needs:
@@ -81,10 +83,9 @@ def best_trial(found: Verdict, trials: Sequence[Trial], race: Sequence[Trial], p
     that won.
     """
     raced = [one for one in found.order if one != AS_WRITTEN]
-    ended = [one for one in trials if one.status == "finished"]
     first = found.winner if found.winner is not None else next(iter(raced), None)
     if first is None:
-        return max(ended, key=lambda one: (one.value(plan.sign), -one.number), default=None)
+        return best_of(plan, trials)
     heats = [one for one in race if one.entrant == first and one.status == "finished"]
     best = Trial(AS_WRITTEN, {}) if first == AS_WRITTEN else trials[first]
     if best.status == "finished" or not heats:

@@ -176,9 +176,10 @@ def finalists(plan: Plan, trials: Sequence[Trial], count: int) -> list[Trial]:
     """The best trials, each set of values once, and none that is the experiment as written."""
     out: list[Trial] = []
     for one in ranking(plan, trials):
-        values = [other.overrides for other in out]
+        if len(out) == count:
+            break
         is_written = all(plan.as_written.get(key) == value for key, value in one.overrides.items())
-        if len(out) < count and one.overrides not in values and not (is_written and plan.as_written):
+        if one.overrides not in [other.overrides for other in out] and not (is_written and plan.as_written):
             out.append(one)
     return out
 

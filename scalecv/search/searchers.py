@@ -9,7 +9,7 @@ from scalecv.config import Experiment, Scalar
 from scalecv.config.search import Spec
 from scalecv.errors import ConfigError, UserError
 from scalecv.search.schedule import Plan
-from scalecv.search.space import Values, at_random, generator, grid, mixture, resolve, rounded, told
+from scalecv.search.space import Values, at_random, generator, grid, is_set, mixture, resolve, rounded, told
 from scalecv.search.trials import Trial
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def _by_optuna(plan: Plan, base: Experiment, trials: Sequence[Trial], number: in
     )
     trial, out = study.ask(), dict[str, Scalar]()
     for key, spec in base.search.space.items():
-        if all(out.get(other) in allowed for other, allowed in spec.when.items()):
+        if is_set(spec, out):
             given = {name: _suggest(trial, name, kind) for name, kind in distributions(key, spec).items()}
             out.update(_values(key, spec, given))
     return out

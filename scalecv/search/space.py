@@ -71,7 +71,7 @@ def grid(base: Experiment) -> Iterator[dict[str, Scalar]]:
             return
         key = keys[place]
         spec = base.search.space[key]
-        if not _is_set(spec, out):
+        if not is_set(spec, out):
             yield from below(place + 1, out)
             return
         for value in spec.choice or ():
@@ -95,12 +95,13 @@ def at_random(base: Experiment, number: int, attempt: int) -> dict[str, Scalar]:
     """Values that depend on seed, trial number and attempt alone."""
     out: dict[str, Scalar] = {}
     for key, spec in base.search.space.items():
-        if _is_set(spec, out):
+        if is_set(spec, out):
             out.update(_value(key, spec, generator(base.seed, number, attempt, key)))
     return out
 
 
-def _is_set(spec: Spec, out: dict[str, Scalar]) -> bool:
+def is_set(spec: Spec, out: dict[str, Scalar]) -> bool:
+    """Whether a key takes part, given the values before it."""
     return all(out.get(other) in allowed for other, allowed in spec.when.items())
 
 

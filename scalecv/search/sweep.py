@@ -169,7 +169,7 @@ class _Sweep:
                 self.ledger.wake()
             if self.failure:
                 raise ScalecvError(self.failure)
-            if self.stopping.is_set() or self._next() is not None:
+            if self._next() is not None:
                 status = "KILLED"
                 raise Interrupted(
                     f"stopped as asked, all trials are kept in {self.ledger.home}: the same command goes on"
@@ -329,10 +329,8 @@ class _Sweep:
     def _of(self, trial: Trial) -> Experiment:
         made = resolve(self.experiment, trial.overrides)
         track = made.track.model_copy(update={"storage": storage.join(self.ledger.home, "runs")})
-        seed = (
-            made.seed if trial.seed is None else made.seed + 1 + trial.seed
-        )  # the seed of the search is not used again
-        return made.model_copy(update={"name": self._name(trial), "track": track, "seed": seed})
+        later = 0 if trial.seed is None else 1 + trial.seed  # the race never uses the seed of the search
+        return made.model_copy(update={"name": self._name(trial), "track": track, "seed": made.seed + later})
 
     def _name(self, trial: Trial) -> str:
         name = self.experiment.name[:80]
@@ -351,7 +349,8 @@ class _Sweep:
 
     def _swept(self) -> Swept:
         """How it ended; trials that wait are stopped, unless a larger sweep goes on with them."""
-        trials = tuple(map(self._as_ended, self.ledger.trials))
+        places = {one.replaces: one.number for one in self.ledger.trials if one.replaces is not None}
+        trials = tuple(_as_ended(one, places.get(one.number)) for one in self.ledger.trials)
         about = (self.ledger.key, self.experiment.name, self.metric)
         spent = sum(one.device_s for one in [*self.ledger.trials, *self.ledger.race])
         found = verdict(self._standing(), self.metric, best_of(self.plan, trials), self.plan.search)
@@ -361,16 +360,6 @@ class _Sweep:
 
     def _standing(self) -> Standing:
         return standing_of(self.plan, self.ledger.trials, self.ledger.race, self._budget_left_s())
-
-    def _as_ended(self, trial: Trial) -> Trial:
-        replaced = next((one.number for one in self.ledger.trials if one.replaces == trial.number), None)
-        if trial.status == "waiting":
-            return replace(trial, status="stopped", cause=f"the budget was spent after epoch {trial.epochs}")
-        if trial.status == "paused" and replaced is not None:
-            return replace(trial, status="stopped", cause=f"trial {replaced} took its place after epoch {trial.epochs}")
-        if trial.status == "paused":
-            return replace(trial, status="stopped", cause=f"behind others after epoch {trial.epochs}")
-        return trial
 
     def _run_tune(self, code_dirs: tuple[str, ...]) -> None:
         runtime.connect(code_dirs=code_dirs)
@@ -432,6 +421,16 @@ class _Sweep:
                 with contextlib.suppress(OSError, ScalecvError):
                     if place := runs.newest(self._of(trial)):
                         storage.put(storage.join(place, "STOP"), b"stop")
+
+
+def _as_ended(trial: Trial, replaced_by: int | None) -> Trial:
+    """A trial as it is told once the sweep is over."""
+    if trial.status == "waiting":
+        return replace(trial, status="stopped", cause=f"the budget was spent after epoch {trial.epochs}")
+    if trial.status == "paused":
+        why = "behind others" if replaced_by is None else f"trial {replaced_by} took its place"
+        return replace(trial, status="stopped", cause=f"{why} after epoch {trial.epochs}")
+    return trial
 
 
 @dataclass(frozen=True)

@@ -172,6 +172,7 @@ def _ours(trials: int) -> None:
     from scalecv.search.ledger import Ledger
     from scalecv.search.sweep import _alike, _Sweep
     from scalecv.shards.ingest import IngestOptions, ingest
+    from scalecv.shards.store import open_dataset
     from scalecv.train.checks import check, check_names, check_network
     from tests import make
 
@@ -184,7 +185,7 @@ def _ours(trials: int) -> None:
         tree = {"name": "sweep", "task": "classify", "data": {"uri": f"{folder}/data"}, "model": {"arch": "resnet18"}}
         search = {"trials": trials, "space": space, "finalists": 0, "rung": "1epochs", "scheduler": "none"}
         experiment = _alike(config.build({**tree, "train": {"epochs": 9}, "search": search}, "bench"))
-        manifest = __import__("scalecv.shards.store", fromlist=["open_dataset"]).open_dataset(f"{folder}/data").manifest
+        manifest = open_dataset(f"{folder}/data").manifest
 
         def approve(one: config.Experiment) -> None:
             check(one, manifest)

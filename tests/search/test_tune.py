@@ -153,7 +153,7 @@ def test_a_population_goes_on_from_the_checkpoints_of_its_best(shapes, tmp_path)
     write(shapes, tmp_path, trials=4, scheduler="pbt", searcher="random", epochs=3, space=space, rung="1epochs")
     out, _ = command(tmp_path).communicate(timeout=500)
     said, told = (tmp_path / "stderr.txt").read_text(), json.loads(out)
-    assert told["verdict"]["sentence"].startswith("not raced"), said
+    assert told["verdict"]["sentence"].startswith("not raced: values change"), said
     read = lambda number: json.loads((tmp_path / f"runs/sweep/trials/{number:04d}.json").read_text())  # noqa: E731
     children = [read(one["number"]) for one in told["trials"][4:]]
     assert children and children[0]["inherited"] == 1, said
