@@ -64,6 +64,11 @@ class Ledger:
         storage.put(_place(self.home, folder, trial.number), data)
         records[trial.number : trial.number + 1] = [trial]
 
+    @property
+    def device_s(self) -> float:
+        """Device-seconds of all that has ended."""
+        return sum(one.device_s for one in [*self.trials, *self.race])
+
     def wake(self) -> None:
         """Segments that a killed driver left under way are to be run on."""
         for trial in [*self.trials, *self.race]:

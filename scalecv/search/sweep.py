@@ -6,7 +6,6 @@ A Tune trial is one segment and ends by itself, so nothing is ever killed to sto
 """
 
 import contextlib
-import json
 import math
 import re
 import tempfile
@@ -14,18 +13,16 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from scalecv import redact, runtime, storage
-from scalecv.artifacts import spool, tracking
-from scalecv.config import Experiment, dump, flatten
+from scalecv import runtime, storage
+from scalecv.artifacts import tracking
+from scalecv.config import Experiment, flatten
 from scalecv.errors import ConfigError, Interrupted, ScalecvError, UserError
 from scalecv.search.ledger import Ledger
-from scalecv.search.page import page
-from scalecv.search.pictures import draw_all
 from scalecv.search.race import Standing, next_heat, standing_of
-from scalecv.search.report import Swept, Verdict, best_trial, entrant_name, table, verdict
+from scalecv.search.record import TABLE_S, Record
+from scalecv.search.report import Swept, best_trial, entrant_name, verdict
 from scalecv.search.schedule import Plan, best_of, kept_s, leader, next_segment
 from scalecv.search.searchers import check_living, perturbed, runnable, values_of, written_keys
 from scalecv.search.segment import run_segment
@@ -44,7 +41,6 @@ SAME_FAILURES = 3
 """First trials that all fail alike end the sweep: so would the others."""
 DEATHS = 2
 """Processes of one segment that may die (a spot machine, a memory limit) before its trial counts as failed."""
-TABLE_S = 30.0
 DRAW_S = 120.0
 WATCH_S = 0.5
 NOTHING = 0.01
@@ -127,7 +123,11 @@ class _Sweep:
         self.metric = str(experiment.train.metric)
         sign = -1.0 if is_cost(self.metric) else 1.0
         search = experiment.search
-        self.grid = runnable(experiment, approve, self._say) if search.searcher == "grid" else []
+        self.grid = (
+            runnable(experiment, approve, lambda line: tell({"kind": "progress", "message": line}))
+            if search.searcher == "grid"
+            else []
+        )
         if self.grid:
             search = search.model_copy(update={"trials": len(self.grid)})
         if search.scheduler == "pbt":  # values change on the way, so no seed can repeat a trial
@@ -140,28 +140,10 @@ class _Sweep:
         self.failure = ""
         self.stopping, self.closing, self.spent_all = threading.Event(), threading.Event(), threading.Event()
         self.lock = threading.RLock()
-        self.table_at = float("-inf")
-        self.uri = tracking.tracking_uri(experiment.track.uri)
-        trouble = tracking.probe(self.uri)
-        self.patience_s = 5.0 if trouble else 60.0
-        if trouble:
-            self._say(f"{trouble}. The sweep goes on; its record waits in {ledger.home}")
-        folder = Path(ledger.home) if storage.is_local(ledger.home) else runs.cache_folder() / ledger.key
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "spool.jsonl"
-        about = (self.uri, experiment.track.experiment, experiment.name, ledger.key)
-        self.sender = tracking.Sender(self.path, folder / "spool.sent.json", *about, {"scalecv.task": experiment.task})
+        self.record = Record(experiment, ledger, self.plan, tell)
 
     def run(self, code_dirs: tuple[str, ...]) -> Swept:
         """Run until nothing is left to do."""
-        if not self.ledger.trials:
-            space = {
-                key: json.dumps(spec.model_dump(exclude_none=True, exclude_defaults=True))
-                for key, spec in self.plan.search.space.items()
-            }
-            # As tags: parameters would stand over each picture in MLflow's pages.
-            spool.append(self.path, {"kind": "tags", "tags": {f"search.space.{k}": v for k, v in space.items()}})
-            spool.append(self.path, {"kind": "text", "file": "experiment.yaml", "text": dump(self.experiment)})
         status = "FAILED"
         try:
             if self._next() is not None:
@@ -179,15 +161,13 @@ class _Sweep:
                     f"all {len(self.ledger.trials)} trials failed, such as: {self.ledger.trials[-1].cause}"
                 )
             status = "FINISHED"
-            self._record()
+            self.record.stand()
             swept = self._swept()
-            return replace(swept, report=self._report(swept))
+            return replace(swept, report=self.record.report(swept))
         finally:
             if status != "FINISHED":
-                self._record()
-            spool.append(self.path, {"kind": "end", "status": status})
-            if not self.sender.close(self.patience_s):
-                self._say(self.sender.waiting())
+                self.record.stand()
+            self.record.end(status)
 
     def suggest(self, tune_id: str) -> dict[str, Any] | str | None:
         """The next segment, for `ray_tune.run`."""
@@ -225,8 +205,8 @@ class _Sweep:
             trial = replace(trial, points=points, device_s=spent, **outcome)
             self.ledger.keep(trial)
             now = f"{self.metric} {points[-1].value:.4f} after epoch {trial.epochs}" if points else "no epoch has ended"
-            self._say(f"{self._told(trial)} {trial.status}: {told(trial.overrides)}: {trial.cause or now}")
-            self._record(every_s=TABLE_S)
+            self.record.say(f"{self._told(trial)} {trial.status}: {told(trial.overrides)}: {trial.cause or now}")
+            self.record.stand(every_s=TABLE_S)
             failed = [one for one in self.ledger.trials if one.status == "failed"]
             ended = [one for one in self.ledger.trials if one.status != "running"]
             if len(failed) >= SAME_FAILURES and failed == ended and len({*map(self._kind, failed)}) == 1:
@@ -244,8 +224,7 @@ class _Sweep:
     def _budget_left_s(self) -> float:
         if self.plan.search.budget_s is None:
             return math.inf
-        spent_s = sum(one.device_s for one in [*self.ledger.trials, *self.ledger.race])
-        return self.plan.search.budget_s - spent_s - self.under_way.held_s
+        return self.plan.search.budget_s - self.ledger.device_s - self.under_way.held_s
 
     def _search_left_s(self) -> float:
         return self._budget_left_s() - kept_s(self.plan, self.ledger.trials)
@@ -258,7 +237,7 @@ class _Sweep:
         if isinstance(found, int):
             drawn = draw(self.experiment, found, self.approve, values_of(self.plan, self.ledger.trials, self.grid))
             for reason in drawn.left_out:
-                self._say(f"left out {reason}")
+                self.record.say(f"left out {reason}")
             return Trial(found, drawn.overrides, until=self.plan.first(found))
         if found.parent is not None and found.number == len(self.ledger.trials):
             child = replace(found, overrides=perturbed(self.experiment, found))
@@ -278,54 +257,6 @@ class _Sweep:
         """Why a trial failed, without what differs from trial to trial: its folder, numbers and ids."""
         return re.sub(r"[0-9a-f]{8,}|\d+", "#", trial.cause.replace(self._name(trial), ""))
 
-    def _record(self, every_s: float = 0.0) -> None:
-        """Tell MLflow how the sweep stands; the table, which grows with the trials, at most every so many seconds."""
-        trials = self.ledger.trials
-        best, spent = best_of(self.plan, trials), sum(one.device_s for one in [*trials, *self.ledger.race])
-        metrics = {"sweep/trials": float(len(trials)), "sweep/device_s": spent}
-        if best is not None:
-            metrics[f"best/{self.metric}"] = self.plan.sign * best.value(self.plan.sign)
-        spool.append(self.path, {"kind": "metrics", "step": int(spent * 1000), "metrics": metrics})
-        if time.monotonic() - self.table_at >= every_s:
-            self.table_at = time.monotonic()
-            ahead = leader(self.plan, trials)
-            if ahead is not None:
-                value = self.plan.sign * ahead.value(self.plan.sign)
-                self._note(f"best so far: trial {ahead.number}, {self.metric} {value:.4f}: {told(ahead.overrides)}")
-            spool.append(self.path, {"kind": "text", "file": "trials.md", "text": table(trials, self.metric)})
-
-    def _report(self, swept: Swept) -> str:
-        """The pictures and the page, beside the records and in MLflow. Returns: URI of the page."""
-        drawn = self._draw(swept.verdict)
-        step = int(swept.device_s * 1000)
-        for name in drawn:
-            uri = storage.join(self.ledger.home, "pictures", f"{name}.png")
-            spool.append(self.path, {"kind": "image", "uri": uri, "key": f"sweep/{name}", "step": step})
-        spool.append(self.path, {"kind": "text", "file": "verdict.txt", "text": swept.verdict.sentence + "\n"})
-        self._note(swept.verdict.sentence)
-        where = storage.join(self.ledger.home, "report.html")
-        storage.put(where, redact.clean(page(swept, drawn, dump(self.experiment))).encode())
-        spool.append(self.path, {"kind": "artifact", "uri": where, "folder": ""})
-        return where
-
-    def _note(self, text: str) -> None:
-        """What the sweep's page in MLflow says first."""
-        asked = f"{self.experiment.question}\n\n" if self.experiment.question else ""
-        spool.append(self.path, {"kind": "tags", "tags": {"mlflow.note.content": asked + text}})
-
-    def _draw(self, found: Verdict | None = None) -> dict[str, bytes]:
-        """Pictures by name; a fault in drawing is told, and costs no trial."""
-        try:
-            drawn = draw_all(self.plan, self.experiment, self.metric, list(self.ledger.trials), found)
-        except Exception as error:
-            self._say(f"pictures of the sweep could not be drawn: {error!r}")
-            return {}
-        for name, data in drawn.items():
-            uri = storage.join(self.ledger.home, "pictures", f"{name}.png")
-            storage.put(uri, data)
-            spool.append(self.path, {"kind": "artifact", "uri": uri, "folder": "pictures"})
-        return drawn
-
     def _of(self, trial: Trial) -> Experiment:
         made = resolve(self.experiment, trial.overrides)
         track = made.track.model_copy(update={"storage": storage.join(self.ledger.home, "runs")})
@@ -344,19 +275,24 @@ class _Sweep:
             return f"trial {trial.number}"
         return f"race, {entrant_name(trial.entrant)}, seed {trial.seed}:"
 
-    def _say(self, message: str) -> None:
-        self.tell({"kind": "progress", "message": message})
-
     def _swept(self) -> Swept:
         """How it ended; trials that wait are stopped, unless a larger sweep goes on with them."""
         places = {one.replaces: one.number for one in self.ledger.trials if one.replaces is not None}
         trials = tuple(_as_ended(one, places.get(one.number)) for one in self.ledger.trials)
         about = (self.ledger.key, self.experiment.name, self.metric)
-        spent = sum(one.device_s for one in [*self.ledger.trials, *self.ledger.race])
         found = verdict(self._standing(), self.metric, best_of(self.plan, trials), self.plan.search)
         best = best_trial(found, trials, self.ledger.race, self.plan)
         race = tuple(self.ledger.race)
-        return Swept(*about, trials, race, best, found, spent, self.sender.run_id, storage.without_secrets(self.uri))
+        return Swept(
+            *about,
+            trials,
+            race,
+            best,
+            found,
+            self.ledger.device_s,
+            self.record.run_id,
+            storage.without_secrets(self.record.uri),
+        )
 
     def _standing(self) -> Standing:
         return standing_of(self.plan, self.ledger.trials, self.ledger.race, self._budget_left_s())
@@ -372,7 +308,7 @@ class _Sweep:
         runtime.check_fits(self.devices, scale.cpus_per_worker, use_gpu)
         room = int(min(cpus // (self.devices * scale.cpus_per_worker), gpus // self.devices if use_gpu else cpus))
         most = min(room, self.plan.search.concurrent or room)
-        self._say(f"{len(self.ledger.trials)} of {self.plan.search.trials} trials begun; {most} at a time")
+        self.record.say(f"{len(self.ledger.trials)} of {self.plan.search.trials} trials begun; {most} at a time")
         tags = {"scalecv.sweep": self.ledger.key, tracking.PARENT_KEY: self.ledger.key}
         # Of several workers Ray Train asks for the CPUs; beside them the trial itself may take none.
         alone = {"CPU": scale.cpus_per_worker, **({"GPU": 1.0} if use_gpu else {})}
@@ -397,7 +333,7 @@ class _Sweep:
         drawn_at, drawing = time.monotonic(), threading.Thread()
         while not ended.wait(WATCH_S):
             if time.monotonic() - drawn_at > DRAW_S and not drawing.is_alive():
-                drawing = threading.Thread(target=self._draw, name="pictures", daemon=True)
+                drawing = threading.Thread(target=self.record.draw, name="pictures", daemon=True)
                 drawing.start()  # it takes seconds, and nothing else may wait for it
                 drawn_at = time.monotonic()
             for name, trial in self.under_way.waiting.items():
@@ -407,12 +343,16 @@ class _Sweep:
             with self.lock:
                 if self._budget_left_s() <= 0 and not self.spent_all.is_set():
                     self.spent_all.set()
-                    self._say(f"search.budget={self.plan.search.budget} is spent: trials under way are saved and stop")
+                    self.record.say(
+                        f"search.budget={self.plan.search.budget} is spent: trials under way are saved and stop"
+                    )
                 running = self.under_way.trials
                 is_search = any(one.entrant is None for one in running)
                 if is_search and self._search_left_s() <= 0 and not self.closing.is_set():
                     self.closing.set()
-                    self._say("what is left of search.budget is for the best trial and the race: the others pause")
+                    self.record.say(
+                        "what is left of search.budget is for the best trial and the race: the others pause"
+                    )
                 if not (self.stopping.is_set() or self.spent_all.is_set()):
                     best = leader(self.plan, self.ledger.trials) if self.closing.is_set() else None
                     searching = [one for one in running if self.closing.is_set() and one.entrant is None]

@@ -3,8 +3,6 @@
 import json
 from typing import Any
 
-import torch
-
 from scalecv import storage
 from scalecv.artifacts import bundle, scores
 from scalecv.artifacts import report as reports
@@ -16,6 +14,7 @@ from scalecv.tasks import pictures
 from scalecv.tasks.evaluate import Evaluation, gather
 from scalecv.tasks.rows import RowSums
 from scalecv.train import checkpoint, loop
+from scalecv.train.costs import input_shape
 from scalecv.train.job import Job
 from scalecv.train.loop import Event, Setup, State
 from scalecv.train.memory import peak_mb
@@ -68,10 +67,7 @@ def finish(setup: Setup, state: State, job: Job, dataset: Dataset, pixels: Pixel
                 key = "best/val" if split == "val" else split  # the last epoch's pictures have the same step
                 events += reports.draw(setup.task, checked, pixels.classes, job.run, split, state.updates, key=key)
     metrics |= {name: value for name, value in state.history[-1].items() if name.startswith("train/")}
-    size = pixels.size_px
-    whole = torch.zeros(1, pixels.channels, size or dataset.manifest.sizes_px[1], size or dataset.manifest.sizes_px[0])
-    _, channels, height, width = setup.task.prepare({"image": whole})["image"].shape
-    shape = (channels, height, width)
+    shape = input_shape(setup.task, pixels, dataset.manifest)
     told = facts_of(job, dataset, pixels, state, setup.upscale)
     told |= {"metrics": metrics, "epoch": best_epoch, "threshold": threshold}
     parts = bundle.parts(on_host(state.model.state_dict()), **told)

@@ -212,7 +212,7 @@ def _ours(trials: int) -> None:
         ray_tune.run(timed(sweep.suggest), timed(sweep.ended), f"{folder}/tune", _empty, {"CPU": 1}, 2, 0)
         seconds = time.perf_counter() - began
         assert len(sweep.ledger.trials) == trials
-        sweep.sender.close(1)
+        sweep.record.end("FINISHED")
         print(json.dumps({"seconds": seconds, "own_s": own[0], "grown_kb": _memory_kb() - before}))
 
 
