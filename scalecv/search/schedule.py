@@ -155,7 +155,7 @@ def ranking(plan: Plan, trials: Sequence[Trial]) -> list[Trial]:
 def best_of(plan: Plan, trials: Sequence[Trial]) -> Trial | None:
     """The trial with the best objective among those that were trained to their end."""
     ended = [one for one in trials if one.status == "finished"]
-    return max(ended, key=lambda one: (one.value(plan.sign), -one.number), default=None)
+    return max(ended, key=lambda one: (plan.known(one).value, -one.number), default=None)
 
 
 def kept_s(plan: Plan, trials: Sequence[Trial]) -> float:

@@ -1,6 +1,7 @@
 """What can be known to be wrong before a worker starts: the experiment against the manifest."""
 
 import re
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -86,8 +87,9 @@ def check_names(experiment: Experiment) -> None:
             check_encoder(model.encoder)
 
 
+@lru_cache(maxsize=8)
 def _declared(package: str, folder: str, pattern: str) -> set[str]:
-    """Names that the files of a package's folder declare, without importing it."""
+    """Names that the files of a package's folder declare, without importing it; a sweep asks for each trial."""
     spec = find_spec(package)
     top = Path(spec.origin).parent / folder if spec and spec.origin else Path()
     return {name for file in top.glob("*.py") for name in re.findall(pattern, file.read_text(), re.MULTILINE)}
