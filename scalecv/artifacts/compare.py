@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from scalecv.artifacts.provenance import PACKAGES
-from scalecv.artifacts.record import Record, read_record
+from scalecv.artifacts.record import Record
 from scalecv.config import build, flatten
 from scalecv.errors import ConfigError
 
@@ -102,14 +102,6 @@ class Comparison:
     """None: equal wherever both have a point of one meaning."""
     points: int
     """How many points both have."""
-
-
-def compare(a: str, b: str, experiment: str = "scalecv", uri: str | None = None) -> Comparison:
-    """Compare two runs given as `runs:/ID` or by name.
-
-    Raises: UserError: one of them is not there, or is not a training of scalecv.
-    """
-    return compare_records(read_record(a, experiment, uri), read_record(b, experiment, uri))
 
 
 def compare_records(a: Record, b: Record) -> Comparison:

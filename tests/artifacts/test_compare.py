@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from typer.testing import CliRunner
 
-from scalecv.artifacts.compare import compare, compare_records
+from scalecv.artifacts.compare import compare_records
 from scalecv.artifacts.provenance import run_facts
 from scalecv.artifacts.record import read_record
 from scalecv.cli.main import app
@@ -22,7 +22,7 @@ __all__ = ["shapes", "shapes_dataset"]
 def test_the_first_difference_is_named_and_all_are_listed(shapes, tmp_path):
     one = train(shapes(name="one", train__epochs=1))
     train(shapes(name="two", train__epochs=1, train__lr=0.01, data__augment__hflip=0.0, track__pictures=2))
-    found = compare(f"runs:/{one.run_id}", "two")
+    found = compare_records(read_record(f"runs:/{one.run_id}"), read_record("two"))
     assert (found.first.kind, found.first.key, found.first.a, found.first.b) == (
         "experiment", "data.augment.hflip", "0.5", "0.0")  # fmt: skip
     assert [d.key for d in found.differences] == ["data.augment.hflip", "train.lr"], "not its name, nor its pictures"
@@ -35,7 +35,7 @@ def test_the_first_difference_is_named_and_all_are_listed(shapes, tmp_path):
     where = {"source": str(tmp_path / "images"), "to": str(tmp_path / "data")}
     ingest(IngestOptions(**where, layout="imagefolder", concurrency=0))
     train(shapes(name="three", train__epochs=1, train__lr=0.01, data__uri=str(tmp_path / "data")))
-    found = compare("one", "three")
+    found = compare_records(read_record("one"), read_record("three"))
     assert (found.first.kind, found.first.key) == ("data", "fingerprint")
     assert "train.lr" in [d.key for d in found.differences] and found.order_equal is False
 
@@ -44,9 +44,9 @@ def test_the_first_difference_is_named_and_all_are_listed(shapes, tmp_path):
     assert "first difference of the inputs: experiment: data.augment.hflip 0.5 → 0.0" in done.stdout
     assert "order of rows  equal\nweights        different\ncurves         part at step 1 " in done.stdout
     with pytest.raises(UserError, match=r"no run named 'thre' .*did you mean 'three'"):
-        compare("one", "thre")
+        read_record("thre")
     with pytest.raises(UserError, match=r"no MLflow experiment 'scalevc'; did you mean 'scalecv'"):
-        compare("one", "two", "scalevc")
+        read_record("two", "scalevc")
 
 
 def test_order_of_kinds_and_what_is_not_recorded(shapes):
@@ -77,7 +77,7 @@ def test_epochs_that_were_raised_later_are_a_difference(shapes):
     train(shapes(name="raised", train__epochs=1))
     train(shapes(name="raised", train__epochs=2))
     train(shapes(name="straight", train__epochs=2))
-    found = compare("raised", "straight")
+    found = compare_records(read_record("raised"), read_record("straight"))
     assert [str(d) for d in found.differences] == ["train.epochs in the beginning 1 → 2"]
     assert "scalecv.resumed_at" in found.a.tags and "scalecv.resumed_at" not in found.b.tags
 
