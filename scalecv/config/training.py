@@ -95,7 +95,7 @@ class Track(Frozen):
     checkpoint_minutes: float = Field(10.0, gt=0)
     """Minutes after which a checkpoint is due, whatever the step."""
     keep: int = Field(2, ge=1)
-    """Newest checkpoints that are kept besides the best one."""
+    """Newest checkpoints that are kept besides the best one; 1 in the trials of a sweep."""
     pictures: int = Field(16, ge=0)
     """Images on each picture of predictions; at most 6 on those of each validation, 0 draws none."""
     pictures_every: int = Field(1, ge=0)

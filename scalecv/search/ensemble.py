@@ -112,14 +112,14 @@ def _checked(judge: Judge, made: str, name: str, budget_ms: float, shares: Seque
     ours: Mean = [(held.answers(network), 1.0)]
     theirs = judge.mean([int(at == best) for at in range(len(shares))])
     tuned, alone = held.exact_score(ours), held.exact_score(theirs)
-    a = held.confusions(ours, held.checking, tuned.threshold)
-    b = held.confusions(theirs, held.checking, alone.threshold)
+    a = held.by_unit(held.confusions(ours, held.checking, tuned.threshold))
+    b = held.by_unit(held.confusions(theirs, held.checking, alone.threshold))
 
-    def gain(rows: Any) -> float:
-        times = np.bincount(rows, minlength=len(held.checking))
+    def gain(units: Any) -> float:
+        times = np.bincount(units, minlength=a.shape[0])
         return held.sign * (held.of(times @ a) - held.of(times @ b))
 
-    every = np.arange(len(held.checking))
+    every = np.arange(a.shape[0])
     members = tuple(replace(one, weight=share) for one, share in zip(judge.judged, shares, strict=True) if share)
     return Result(
         name=name,

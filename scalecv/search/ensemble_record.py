@@ -32,7 +32,7 @@ class Result:
     gain: float
     """Larger is better."""
     interval: tuple[float, float]
-    """95 % of the gain, by a paired bootstrap over these rows."""
+    """95 % of the gain, by a paired bootstrap over these rows, or over their scenes where there are enough."""
     is_single: bool
     """No mean was better than the best model on the rows that choose."""
     threshold: float

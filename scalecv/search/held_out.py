@@ -4,6 +4,7 @@
                                                         └─▶ confusion of each row that checks
 
 Rows are split in halves by a hash of their id: one half chooses members, weights and threshold, the other one checks.
+Tiles of one scene are in the same half, and count as one where the gain is judged, if there are enough scenes.
 """
 
 import hashlib
@@ -26,8 +27,10 @@ from scalecv.batches.pixels import Pixels
 from scalecv.errors import ConfigError, DataError, nearest
 from scalecv.metrics import binned
 from scalecv.metrics.confusion import confusion
+from scalecv.metrics.paired import LEAST_UNITS
 from scalecv.schema import IGNORE
 from scalecv.shards.store import Dataset
+from scalecv.tasks.rows import scene_of
 from scalecv.tasks.task import Task, is_cost
 
 SPLIT = "val"
@@ -115,17 +118,18 @@ class HeldOut:
         """
         self._number += 1
         file, rows = self._folder / f"{self._number}.bin", list[str]()
-        truths: list[NDArray[Any]] = []
+        truths, scenes = list[NDArray[Any]](), list[str]()
         with file.open("wb") as out, torch.no_grad():
-            for ids, batch in self._kept():
+            for ids, of, batch in self._kept():
                 p = self.task.predict(network(batch["image"]).float())[1]
                 p = p[:, 1] if self.classes == 2 else p
                 out.write(p.cpu().numpy().astype(self._dtype).tobytes())
                 rows += ids
                 if not self._ids:
+                    scenes += of
                     truths.append(batch[self.task.target].cpu().numpy().astype(np.int32))
         if not self._ids:
-            self._begin(rows, np.concatenate(truths) if truths else np.zeros(0))
+            self._begin(rows, scenes, np.concatenate(truths) if truths else np.zeros(0))
         if rows != self._ids:
             raise RuntimeError("a second pass over the validation split gave other rows than the first")
         return np.memmap(file, self._dtype, "r", shape=(len(rows), *self._answer_shape))
@@ -185,7 +189,14 @@ class HeldOut:
         threshold = binned.best_threshold(counts, self.task.headline)
         return Score(self.of(binned.confusion_at(counts, threshold).numpy()), threshold)
 
-    def _kept(self) -> Iterator[tuple[list[str], dict[str, Any]]]:
+    def by_unit(self, confusions: Any) -> Any:
+        """Confusions of the rows that check, added up over those that belong together, [units, K*K]."""
+        units, place = np.unique(self._units[self.checking], return_inverse=True)
+        ones = np.ones(len(place), np.int64)
+        return csr_array((ones, (place, np.arange(len(place)))), shape=(len(units), len(place))) @ confusions
+
+    def _kept(self) -> Iterator[tuple[list[str], list[str], dict[str, Any]]]:
+        """Ids, what each row is a part of (a scene, or itself), and the batch."""
         share = MOST_VALUES / (self._row_values * self.found_rows)
         feed = Feed(self.dataset, SPLIT, self.pixels, self.batch, threads=torch.get_num_threads())
         for _, raw in feed.epoch(0):
@@ -194,11 +205,20 @@ class HeldOut:
                 batch = to_device(raw, self.pixels, self.device, False)
                 mask = torch.tensor(taken, device=self.device)
                 kept = {key: batch[key][mask] for key in ("image", self.task.target)}
-                yield [row for row, one in zip(raw["id"], taken, strict=True) if one], kept
+                rows = [
+                    (row, scene_of(path) or row)
+                    for row, path, one in zip(raw["id"], raw["path"], taken, strict=True)
+                    if one
+                ]
+                yield [row for row, _ in rows], [scene for _, scene in rows], kept
 
-    def _begin(self, ids: list[str], truth: NDArray[Any]) -> None:
-        is_checking = np.array([_hash("check", row) < 0.5 for row in ids], bool)
-        self._ids, self._truth = ids, truth
+    def _begin(self, ids: list[str], scenes: list[str], truth: NDArray[Any]) -> None:
+        units = {unit: _hash("check", unit) < 0.5 for unit in scenes}
+        if min(sum(units.values()), len(units) - sum(units.values())) < LEAST_UNITS:
+            scenes = ids
+            units = {row: _hash("check", row) < 0.5 for row in ids}
+        is_checking = np.array([units[unit] for unit in scenes], bool)
+        self._ids, self._truth, self._units = ids, truth, np.array(scenes, dtype=object)
         self.choosing, self.checking = np.flatnonzero(~is_checking), np.flatnonzero(is_checking)
         if min(len(self.choosing), len(self.checking)) < FEWEST_ROWS:
             raise DataError(

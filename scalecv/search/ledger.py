@@ -3,6 +3,7 @@
     STORAGE/NAME/sweep.json           key of the sweep, the hash of what it searches, its first rung, the data
     STORAGE/NAME/trials/0007.json     record of a trial
     STORAGE/NAME/race/0002.json       record of a training of the race
+    STORAGE/NAME/verdicts.json        what was asked of it each time that a race was judged
     STORAGE/NAME/runs/NAME-0007/      run of a trial: checkpoints, bundle, spool
 A segment that was under way when its driver died is run again from its run's checkpoint; of its seconds until then
 those of the epochs that were saved count.
@@ -56,6 +57,19 @@ class Ledger:
         """The first rung, and whether it is in device-seconds; a larger budget does not move it."""
         self.trials = _all(home, "trials")
         self.race = _all(home, "race")
+        self._asked = {key: getattr(experiment.search, key) for key in ("trials", "budget", "finalists", "seeds")}
+        self._verdicts: list[dict[str, Any]] = (_read(storage.join(home, "verdicts.json")) or {}).get("asked", [])
+
+    @property
+    def verdicts_before(self) -> int:
+        """Times that this sweep was judged with other limits before it was with these."""
+        return self._verdicts.index(self._asked) if self._asked in self._verdicts else len(self._verdicts)
+
+    def judged(self) -> None:
+        """Note that the race was judged: whoever looks again must err less."""
+        if self._asked not in self._verdicts:
+            self._verdicts.append(self._asked)
+            storage.put(storage.join(self.home, "verdicts.json"), json.dumps({"asked": self._verdicts}).encode())
 
     def keep(self, trial: Trial) -> None:
         """Write a record, and have it in its list."""

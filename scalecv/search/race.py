@@ -3,8 +3,8 @@
 A trial that came first among many was partly lucky, so its own score does not count here. Each seed is a block: what a
 seed does to all entrants alike is taken out, what is left is the noise that differences are measured against, pooled
 over entrants (two-way analysis of variance). Pairs are told apart by Tukey's studentised range, at 5 % over all pairs
-and over all looks together: little of it is spent on the early looks, so a race ends early for a large difference, or
-when more seeds could change nothing.
+and over all looks together, half of that for each verdict that the sweep had before. Little of it is spent on the early
+looks, so a race ends early for a large difference, or when more seeds could change nothing.
 """
 
 import math
@@ -14,15 +14,13 @@ from functools import lru_cache
 
 import numpy as np
 
-from scalecv.search.schedule import Plan, finalists, race_s
+from scalecv.search.schedule import ERROR, Plan, finalists, race_s
 from scalecv.search.trials import AS_WRITTEN, Trial
 
 FIRST_LOOK = 3
 """Seeds before the first look."""
-ERROR = 0.05
-"""Chance of telling any difference where there is none."""
-EARLY = 0.02
-"""Of it, what all looks but the last spend together, at most; and a quarter of that each."""
+EARLY = 0.4
+"""Of the chance of error, what all looks but the last spend together, at most; and a quarter of that each."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class Pair:
     """Mean difference of the objective over the seeds, at least 0."""
     low: float
     high: float
-    """Simultaneous 95 % interval."""
+    """Simultaneous interval, of 95 % unless the race is looked at again."""
     is_told_apart: bool
     seeds: int
 
@@ -55,6 +53,8 @@ class Standing:
     means: Mapping[int, float] = field(default_factory=dict)
     seeds: int = 0
     """That all which are left have in common."""
+    error: float = ERROR
+    """Chance of telling any difference where there is none."""
 
 
 def next_heat(plan: Plan, trials: Sequence[Trial], race: Sequence[Trial], left_s: float) -> Trial | None:
@@ -85,13 +85,14 @@ def standing_of(plan: Plan, trials: Sequence[Trial], race: Sequence[Trial], left
             value = plan.sign * one.value(plan.sign) if one.status == "finished" else math.nan
             values.setdefault(one.entrant, {})[one.seed] = value
     entrants = _entrants(plan, trials)
-    found = standing(entrants, values, plan.search.seeds, plan.sign)
+    how = (entrants, values, plan.search.seeds, plan.sign, plan.error)
+    found = standing(*how)
     next_seed = min((seed for _, seed in found.needs), default=0)
     is_begun = any(one.seed == next_seed and one.entrant in entrants for one in race)
     took = {one.entrant: one.device_s for one in race if one.status == "finished"}
     price = sum(took.get(entrant, 0.0) for entrant, _ in found.needs)
     if next_seed >= FIRST_LOOK and not is_begun and price > left_s:
-        return standing(entrants, values, plan.search.seeds, plan.sign, ends_after=next_seed)
+        return standing(*how, ends_after=next_seed)
     return found
 
 
@@ -110,6 +111,7 @@ def standing(
     values: Mapping[int, Mapping[int, float]],
     most: int,
     sign: float = 1.0,
+    error: float = ERROR,
     ends_after: int | None = None,
 ) -> Standing:
     """What a race says, or which trainings it needs to say more.
@@ -122,23 +124,28 @@ def standing(
         values: entrant -> seed -> objective; an entrant with one that is no number drops out.
         most: seeds that were planned.
         sign: 1 where a larger objective is better, else -1.
+        error: chance of telling any difference where there is none.
         ends_after: seeds after which the race ends, whatever it says; None: `most`.
     """
     last = ends_after or most
     alive = [one for one in entrants if all(map(math.isfinite, values.get(one, {}).values()))]
     out: list[Pair] = []
     if len(alive) < 2:
-        return Standing(order=tuple(alive), tied=tuple(alive))
+        return Standing(order=tuple(alive), tied=tuple(alive), error=error)
     for seeds in range(FIRST_LOOK, last + 1):
         missing = [(one, seed) for seed in range(seeds) for one in alive if seed not in values.get(one, {})]
         if missing:
             return Standing(needs=tuple(missing))
         table = sign * np.array([[values[one][seed] for seed in range(seeds)] for one in alive])
         best = int(np.argmax(table.mean(axis=1)))
-        found = _against(alive, table, best, _level(seeds, last, most))
+        found = _against(alive, table, best, error * _share(seeds, last, most))
         worse = {pair.other for pair in found if pair.is_told_apart}
         rest = [pair for pair in found if not pair.is_told_apart]
-        if rest and seeds < last and any(_may_part(pair, table, last, most) for pair in rest):
+        if (
+            rest
+            and seeds < last
+            and any(_may_part(pair, table, last, error * _share(last, last, most)) for pair in rest)
+        ):
             out += [pair for pair in found if pair.is_told_apart]
             alive = [one for one in alive if one not in worse]
             continue
@@ -147,7 +154,7 @@ def standing(
         means = {one: float(sign * row.mean()) for one, row in zip(alive, table, strict=True)}
         means |= {one: float(np.mean(list(values[one].values()))) for one in dropped}
         tied = (alive[best], *(pair.other for pair in rest))
-        return Standing((), (*order, *dropped), (*found, *out), tied, means, seeds)
+        return Standing((), (*order, *dropped), (*found, *out), tied, means, seeds, error)
     raise ValueError(f"a race has at least {FIRST_LOOK} seeds, found {last}")
 
 
@@ -171,11 +178,11 @@ def _noise(table: "np.ndarray") -> float:
     return math.sqrt(float((rest**2).sum()) / ((entrants - 1) * (seeds - 1)) / seeds)
 
 
-def _level(seeds: int, last: int, most: int) -> float:
-    """The chance of error that a look may spend."""
+def _share(seeds: int, last: int, most: int) -> float:
+    """Of the chance of error, what a look may spend."""
     early = most - FIRST_LOOK
     each = min(EARLY / 4, EARLY / early) if early else 0.0
-    return ERROR - early * each if seeds == last else each
+    return 1 - early * each if seeds == last else each
 
 
 @lru_cache(maxsize=256)
@@ -186,8 +193,8 @@ def _critical(entrants: int, seeds: int, error: float) -> float:
     return float(studentized_range.ppf(1 - error, entrants, (entrants - 1) * (seeds - 1)))
 
 
-def _may_part(pair: Pair, table: "np.ndarray", last: int, most: int) -> bool:
+def _may_part(pair: Pair, table: "np.ndarray", last: int, error: float) -> bool:
     """Whether the last look could tell a pair apart, if its difference were a standard error larger than it is."""
     noise, entrants = _noise(table), len(table)
     then = noise * math.sqrt(pair.seeds / last)
-    return pair.effect + noise * math.sqrt(2) > _critical(entrants, last, _level(last, last, most)) * then
+    return pair.effect + noise * math.sqrt(2) > _critical(entrants, last, error) * then

@@ -56,7 +56,7 @@ def run(
     """Run segments until `suggest` says FINISHED.
 
     Args:
-        suggest: what the next one is given.
+        suggest: what the next one is given: few, flat values, for Tune copies and flattens what is nested.
         ended: told how it ended.
         folder: for Tune's own files.
         segment: runs in a process of the cluster.

@@ -63,7 +63,8 @@ def verdict(race: Standing, metric: str, best: Trial | None, search: Search) -> 
     against = next((pair for pair in race.pairs if AS_WRITTEN in (pair.better, pair.other)), race.pairs[0])
     better, other = entrant_name(against.better), entrant_name(against.other)
     tied = [entrant_name(one) for one in race.tied if one != against.better]
-    how = f"{metric}, 95 % {against.low:.4f} to {against.high:.4f}, {against.seeds} paired seeds"
+    sure = f"{100 * (1 - race.error):.4g} %"
+    how = f"{metric}, {sure} {against.low:.4f} to {against.high:.4f}, {against.seeds} paired seeds"
     if against.is_told_apart:
         beside = f"; no difference found from {', '.join(tied)}" if tied else ""
         said = f"{better} is better than {other} by {against.effect:.4f} ({how}){beside}"

@@ -26,6 +26,8 @@ RACE_SHARE = 0.4
 """Of the budget, what is kept for the race at most, but for the smallest race: one finalist, three seeds."""
 MOST_SHARE = 0.6
 """Of the budget, what the smallest race may take; where it takes more there is none."""
+ERROR = 0.05
+"""Of a verdict, the chance of telling any difference where there is none."""
 ROUNDING = 1.02
 """Of what is kept, so that it is enough."""
 
@@ -55,6 +57,8 @@ class Plan:
     in_seconds: bool
     as_written: Mapping[str, Scalar] = field(default_factory=dict)
     """Values that the experiment itself has for the keys of the space."""
+    error: float = ERROR
+    """Chance of error of the verdict; less where others were told of the same sweep."""
     _known: dict[int, "_Known"] = field(default_factory=dict, compare=False, repr=False)
     """Of each trial what was computed of its points last: thousands of trials are looked at again and again."""
 

@@ -32,7 +32,7 @@ def values_of(plan: Plan, trials: Sequence[Trial], combinations: Sequence[dict[s
         )
     if plan.search.searcher == "grid":
         drawn = [one.overrides for one in trials]
-        left = [values for values in combinations if values not in drawn]
+        left = [values for values in combinations if values not in drawn] or combinations
         return lambda base, number, attempt: left[0]
     return at_random
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,26 +26,35 @@ class Drawn:
 
 
 def draw(
-    base: Experiment, number: int, approve: Callable[[Experiment], object], values: "Values | None" = None
-) -> Drawn:
-    """The values of one trial.
+    base: Experiment,
+    number: int,
+    approve: Callable[[Experiment], object],
+    values: "Values | None" = None,
+    tried: Collection[dict[str, Scalar]] = (),
+) -> Drawn | None:
+    """The values of one trial; None where 100 attempts gave nothing that was not tried before.
 
     Args:
         base: the experiment with its space.
         number: of the trial.
         approve: raises a UserError where an experiment cannot run.
         values: gives the values of the attempts, the first that can run is taken; None draws at random.
+        tried: values that are passed over.
     Raises: ConfigError: none of 100 attempts gave an experiment that can run; the message has the last reason.
     """
     left_out: list[str] = []
     for attempt in range(TRIES):
         overrides = (values or at_random)(base, number, attempt)
+        if overrides in tried:
+            continue
         try:
             approve(resolve(base, overrides))
         except UserError as error:
             left_out.append(f"{told(overrides)}: {str(error).splitlines()[0]}")
             continue
         return Drawn(overrides, tuple(dict.fromkeys(left_out)))
+    if len(left_out) < TRIES:
+        return None
     raise ConfigError(f"none of {TRIES} draws of search.space can run, such as {left_out[-1]}")
 
 

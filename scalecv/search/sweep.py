@@ -6,6 +6,7 @@ A Tune trial is one segment and ends by itself, so nothing is ever killed to sto
 """
 
 import contextlib
+import json
 import math
 import re
 import tempfile
@@ -23,7 +24,7 @@ from scalecv.search.ledger import Ledger
 from scalecv.search.race import Standing, next_heat, standing_of
 from scalecv.search.record import TABLE_S, Record
 from scalecv.search.report import Swept, best_trial, entrant_name, verdict
-from scalecv.search.schedule import Plan, best_of, kept_s, leader, next_segment
+from scalecv.search.schedule import ERROR, Plan, best_of, kept_s, leader, next_segment
 from scalecv.search.searchers import check_living, perturbed, runnable, values_of, written_keys
 from scalecv.search.segment import run_segment
 from scalecv.search.space import draw, resolve, told
@@ -86,7 +87,9 @@ def tune(
 
 
 def _alike(experiment: Experiment) -> Experiment:
-    """The experiment whose runs keep what is best by the objective; trials of one worker need no process beside theirs.
+    """The experiment whose runs keep what is best by the objective, and little more: there are many of them.
+
+    Trials of one worker need no process beside theirs.
 
     Raises: ConfigError: the objective would be a loss.
     """
@@ -104,7 +107,8 @@ def _alike(experiment: Experiment) -> Experiment:
     scale = experiment.scale.model_copy(update={"workers": workers, "min_workers": None})
     pixels = "yes" if experiment.cache.pixels == "auto" else experiment.cache.pixels
     cache = experiment.cache.model_copy(update={"pixels": pixels})
-    return experiment.model_copy(update={"train": train, "scale": scale, "cache": cache})
+    track = experiment.track.model_copy(update={"keep": 1})
+    return experiment.model_copy(update={"train": train, "scale": scale, "cache": cache, "track": track})
 
 
 class _Sweep:
@@ -128,13 +132,15 @@ class _Sweep:
             if search.searcher == "grid"
             else []
         )
-        if self.grid:
-            search = search.model_copy(update={"trials": len(self.grid)})
+        if self.grid:  # of which some may have been drawn that can run no more
+            gone = sum(one.overrides not in self.grid for one in ledger.trials)
+            search = search.model_copy(update={"trials": len(self.grid) + gone})
         if search.scheduler == "pbt":  # values change on the way, so no seed can repeat a trial
             search = search.model_copy(update={"finalists": 0})
         flat = flatten(experiment.model_dump(mode="json", exclude={"search"}))
         written = {key: flat[key] for key in written_keys(experiment) if key in flat}
-        self.plan = Plan(search, experiment.train.epochs, sign, *ledger.rung, written)
+        error = ERROR / 2**ledger.verdicts_before  # all together err seldom, however often it goes on
+        self.plan = Plan(search, experiment.train.epochs, sign, *ledger.rung, written, error)
         self.devices = max(1, experiment.scale.workers)
         self.under_way = UnderWay(self.devices)
         self.failure = ""
@@ -163,6 +169,8 @@ class _Sweep:
             status = "FINISHED"
             self.record.stand()
             swept = self._swept()
+            if swept.verdict.pairs:
+                self.ledger.judged()
             return replace(swept, report=self.record.report(swept))
         finally:
             if status != "FINISHED":
@@ -175,19 +183,18 @@ class _Sweep:
 
         with self.lock:
             ends = self.failure or self.stopping.is_set()
-            found = None if ends else self._next()
-            if found is None:
-                return None if self.under_way and not ends else FINISHED
             try:
-                trial = self._drawn(found)
+                trial = None if ends else self._next_drawn()
             except ScalecvError as error:
                 self.failure = str(error)
                 return FINISHED
+            if trial is None:
+                return None if self.under_way and not ends else FINISHED
             trial = replace(trial, status="running")
             self.ledger.keep(trial)
             self.under_way.begin(tune_id, trial)
         until = None if trial.until is None else (trial.until, self.plan.in_seconds)
-        return {"until": until, "experiment": self._of(trial).model_dump(mode="json")}
+        return {"until": until, "experiment": json.dumps(self._of(trial).model_dump(mode="json"))}
 
     def ended(self, tune_id: str, result: dict[str, Any] | None) -> None:
         """Record what a segment told; nothing told means that its process died."""
@@ -229,16 +236,27 @@ class _Sweep:
     def _search_left_s(self) -> float:
         return self._budget_left_s() - kept_s(self.plan, self.ledger.trials)
 
-    def _drawn(self, found: Trial | int) -> Trial:
-        """A trial with its values.
+    def _next_drawn(self) -> Trial | None:
+        """What runs next, with its values.
 
         Raises: ConfigError: no values of the space can run. ScalecvError: a checkpoint could not be copied.
         """
+        found = self._next()
         if isinstance(found, int):
-            drawn = draw(self.experiment, found, self.approve, values_of(self.plan, self.ledger.trials, self.grid))
+            # Equal members of a population part when they change; elsewhere the same values are the same training.
+            tried = [] if self.plan.search.scheduler == "pbt" else [one.overrides for one in self.ledger.trials]
+            values = values_of(self.plan, self.ledger.trials, self.grid)
+            drawn = draw(self.experiment, found, self.approve, values, tried)
+            if drawn is None:
+                self.record.say(f"no trial begins any more: nothing was drawn that is not among the {found} tried")
+                search = self.plan.search.model_copy(update={"trials": found})
+                self.plan = replace(self.plan, search=search)
+                return self._next_drawn()
             for reason in drawn.left_out:
                 self.record.say(f"left out {reason}")
             return Trial(found, drawn.overrides, until=self.plan.first(found))
+        if found is None:
+            return None
         if found.parent is not None and found.number == len(self.ledger.trials):
             child = replace(found, overrides=perturbed(self.experiment, found))
             try:
@@ -383,6 +401,6 @@ class _Segment:
     cost: str | None
 
     def __call__(self, config: dict[str, Any]) -> dict[str, Any]:
-        experiment = Experiment.model_validate(config["experiment"])
+        experiment = Experiment.model_validate(json.loads(config["experiment"]))
         until = None if config["until"] is None else Pause(*config["until"])
         return run_segment(experiment, self.metric, until, self.tags, self.code_dirs, cost=self.cost)

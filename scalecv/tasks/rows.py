@@ -20,6 +20,12 @@ _ID_BITS = 64
 _WINDOW = re.compile(r"#\d+,\d+,\d+,\d+$")
 
 
+def scene_of(path: str) -> str | None:
+    """The scene that a row is a window of, by the row's path; None for an image of its own."""
+    found = _WINDOW.search(path)
+    return path[: found.start()] if found else None
+
+
 class RowSums:
     """Grows batch by batch; rows that are not valid are passed over."""
 
@@ -76,8 +82,8 @@ class RowSums:
 
     def _scene(self, path: str) -> int:
         """Number of the scene that a tile is a window of; -1 for an image of its own."""
-        found = _WINDOW.search(path)
-        return self._scenes.setdefault(path[: found.start()], len(self._scenes)) if found else -1
+        scene = scene_of(path)
+        return -1 if scene is None else self._scenes.setdefault(scene, len(self._scenes))
 
 
 def _sparse(confusion: NDArray[Any]) -> dict[str, NDArray[Any]]:

@@ -9,15 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
-from scalecv import config
+from scalecv import config, raster
 from scalecv.artifacts import bundle, mlflow_model
 from scalecv.batches.collate import to_device
 from scalecv.batches.feed import Feed
+from scalecv.batches.pixels import pixels_of
 from scalecv.errors import ConfigError, DataError, UserError
 from scalecv.search import held_out
 from scalecv.search.candidates import Candidate, fields_of, find, place_of
 from scalecv.search.ensemble import bundle_of, ensemble
 from scalecv.search.ensemble_record import Result, put
+from scalecv.search.held_out import HeldOut
 from scalecv.search.judge import Judge, Judged
 from scalecv.search.ledger import Ledger
 from scalecv.search.trials import Trial
@@ -25,8 +27,11 @@ from scalecv.serve.evaluate import evaluate, pixels_for
 from scalecv.serve.predict import predict
 from scalecv.shards.ingest import IngestOptions, ingest
 from scalecv.shards.store import open_dataset
+from scalecv.tasks import TASKS
 from scalecv.train.run import train
 from tests import make
+from tests.shards import scenes
+from tests.shards.images import write
 from tests.small import FIELDS, SHAPES, _experiment
 
 LATENCY_MS = 1e6
@@ -286,3 +291,27 @@ def test_rows_beyond_the_bound_are_left_out_by_their_hash(shapes, trained, monke
     monkeypatch.setattr(held_out, "MOST_VALUES", 3 * 100)
     found = ensemble([trained({}, name).bundle for name in ("first", "second")], latency_ms=LATENCY_MS)
     assert 70 < found.rows_choosing + found.rows_checking < 130
+
+
+@pytest.mark.parametrize("count", [40, 8])
+def test_tiles_of_one_scene_choose_or_check_together_where_there_are_enough(tmp_path, count):
+    for number in range(count):
+        image, mask = scenes.scene(number, 96, 64, bands=3)
+        at = scenes.place(number * 4000, 0)
+        write(tmp_path / "images", f"images/{number}.tif", raster.encode(image, 0, scenes.wkt(), at, ("r", "g", "b")))
+        write(tmp_path / "images", f"masks/{number}.tif", raster.encode(mask[:, :, None], None, scenes.wkt(), at))
+    options = {"source": str(tmp_path / "images"), "to": str(tmp_path / "data"), "layout": "masks", "tile": 32}
+    dataset = open_dataset(ingest(IngestOptions(**options, split="20/80/0", concurrency=0)).dataset)
+    pixels = pixels_of(dataset.manifest, config.Data(uri=dataset.uri), dataset.uri)
+    held = HeldOut(dataset, TASKS["segment"], pixels, tmp_path, torch.device("cpu"))
+    torch.manual_seed(0)
+    answers = held.answers(torch.nn.Conv2d(3, 2, 1).eval())
+    feed = Feed(dataset, "val", pixels, 64)
+    rows = [path.partition("#")[0] for _, raw in feed.epoch(0) for path in np.array(raw["path"])[raw["valid"]]]
+    halves = [{rows[at] for at in half} for half in (held.choosing, held.checking)]
+    assert len(answers) == dataset.manifest.splits["val"] == sum(map(len, (held.choosing, held.checking)))
+    assert bool(halves[0] & halves[1]) == (count == 8)
+    confusions = held.confusions([(answers, 1.0)], held.checking, 0.5)
+    units = held.by_unit(confusions)
+    assert units.shape[0] == (len(halves[1]) if count == 40 else len(held.checking))
+    assert (units.sum(axis=0) == confusions.sum(axis=0)).all() and units.sum() == 32 * 32 * len(held.checking)

@@ -131,3 +131,20 @@ def test_where_the_experiment_as_written_wins_its_own_best_seed_is_what_to_use()
     found = verdict(standing([0, AS_WRITTEN], values, 3), "m", None, Search())
     best = best_trial(found, [Trial(0, {}, "finished", bundle="x")], heats, plan)
     assert found.winner == AS_WRITTEN and best.bundle == "1" and best.number == AS_WRITTEN
+
+
+def test_whoever_goes_on_after_a_verdict_is_judged_at_half_the_error(tmp_path):
+    from scalecv import config
+    from scalecv.search.ledger import Ledger
+
+    def ledger(seeds):
+        tree = {"name": "s", "task": "classify", "data": {"uri": "d"}, "model": {"arch": "resnet18"}}
+        return Ledger(str(tmp_path), config.build({**tree, "search": {"seeds": seeds}}, "test"))
+
+    for seeds, before in ((3, 0), (3, 0), (5, 1), (3, 0), (7, 2)):
+        assert ledger(seeds).verdicts_before == before
+        ledger(seeds).judged()
+    values = {0: {0: 0.50, 1: 0.51, 2: 0.52}, AS_WRITTEN: {0: 0.40, 1: 0.42, 2: 0.405}}
+    first, second = (standing([0, AS_WRITTEN], values, 3, error=error) for error in (0.05, 0.025))
+    assert second.pairs[0].low < first.pairs[0].low < first.pairs[0].effect
+    assert "97.5 % " in verdict(second, "val/iou", None, Search()).sentence

@@ -198,6 +198,26 @@ def test_a_grid_has_every_combination_once_and_keys_only_where_they_count():
     assert sum("model.encoder" in one for one in every) == 4
 
 
+@pytest.mark.parametrize("searcher", ["random", "optuna", "grid"])
+def test_the_same_values_are_not_tried_twice_and_a_space_may_be_exhausted(searcher):
+    space = {"model.arch": {"choice": ["unet", "fpn"]}, "train.batch": {"choice": [2, 4, 8]}}
+    base = build({**BASE, "search": {"space": space, "searcher": searcher}}, "test")
+    plan, trials = Plan(base.search, 9, 1.0, 1.0, False), []
+
+    def approve(one):
+        if one.model.arch == "fpn" and one.train.batch == 8:
+            raise ConfigError("does not fit")
+
+    left = runnable(base, approve, lambda line: None)
+    while True:
+        tried = [one.overrides for one in trials]
+        drawn = draw(base, len(trials), approve, values_of(plan, trials, left), tried)
+        if drawn is None:
+            break
+        trials.append(Trial(len(trials), drawn.overrides, "finished", points=(Point(1, 0.5, 1.0),)))
+    assert len(trials) == 5 == len({tuple(one.overrides.items()) for one in trials})
+
+
 @pytest.mark.parametrize("cost", [None, "flops"])
 def test_optuna_learns_from_the_records_alone(cost):
     space = {
