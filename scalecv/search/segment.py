@@ -28,8 +28,8 @@ def run_segment(
         cost: name of a second objective that is to be measured.
     """
     from scalecv.train import checkpoint, runs
-    from scalecv.train.costs import cost_of
     from scalecv.train.memory import give_back
+    from scalecv.train.network import cost_of
     from scalecv.train.run import train
 
     told: dict[str, Any] = {"status": "paused", "cause": "", "metrics": {}}

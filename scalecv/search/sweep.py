@@ -44,6 +44,8 @@ DEATHS = 2
 """Processes of one segment that may die (a spot machine, a memory limit) before its trial counts as failed."""
 DRAW_S = 120.0
 WATCH_S = 0.5
+NETWORK: Any = {"model": True, "data": True, "upscale": True, "train": {"batch", "micro_batch", "exact"}}
+"""Of an experiment, what decides whether its network can be built and take the images."""
 NOTHING = 0.01
 """Share of the budget that is as good as nothing."""
 
@@ -68,11 +70,18 @@ def tune(
     experiment = _alike(same_everywhere(experiment))
     dataset = open_dataset(experiment.data.uri, experiment.data.version)
     manifest = dataset.manifest
+    built: set[str] = set()
 
     def approve(one: Experiment) -> None:
+        from scalecv.train.network import check_builds
+
         check(one, manifest)
         check_names(one)
         check_network(one, manifest)
+        network = one.model_dump_json(include=NETWORK)
+        if network not in built:
+            check_builds(one, manifest)
+            built.add(network)
 
     if experiment.search.scheduler == "pbt":
         check_living(experiment)

@@ -14,10 +14,10 @@ from scalecv.tasks import pictures
 from scalecv.tasks.evaluate import Evaluation, gather
 from scalecv.tasks.rows import RowSums
 from scalecv.train import checkpoint, loop
-from scalecv.train.costs import input_shape
 from scalecv.train.job import Job
 from scalecv.train.loop import Event, Setup, State
 from scalecv.train.memory import peak_mb
+from scalecv.train.network import input_shape
 from scalecv.train.saving import facts_of, from_rank_0, now_ms
 from scalecv.train.step import autocast
 from scalecv.train.threshold import TUNED, chosen, fixed

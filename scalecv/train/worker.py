@@ -18,21 +18,19 @@ from scalecv.batches.pixels import Pixels, pixels_of
 from scalecv.batches.plan import order_hash
 from scalecv.cache import NodeCache
 from scalecv.models import build_model
-from scalecv.models.dry_run import check_fits
 from scalecv.models.losses import balanced_weights
 from scalecv.models.parts import freeze
 from scalecv.models.recompute import recompute_blocks
-from scalecv.models.upscalers import factor_of
 from scalecv.shards.store import Dataset, open_dataset
 from scalecv.tasks import task_for
 from scalecv.tasks.task import Task, is_cost
 from scalecv.train import checkpoint, exact, loop, upscaler
-from scalecv.train.checks import SHARDS
 from scalecv.train.finish import finish
 from scalecv.train.gallery import Gallery
 from scalecv.train.job import Job, Place
 from scalecv.train.loop import Event, Setup, State
 from scalecv.train.memory import keep_freed
+from scalecv.train.network import check_takes
 from scalecv.train.optim import build_optimizer
 from scalecv.train.requests import Requests, Stopped
 from scalecv.train.saving import Saver, call_of, facts_of, from_rank_0, restore
@@ -254,21 +252,6 @@ def _network(
         notes.append(f"model.freeze: {frozen:,} of {total:,} parameters do not learn")
     if experiment.train.exact:
         exact.check(model)
-    _check_fits(setup, model, pixels)
+    sizes_px = setup.feeds["train"].dataset.manifest.sizes_px
+    check_takes(experiment, model, pixels, sizes_px, setup.ranks)
     return model, notes, tags
-
-
-def _check_fits(setup: Setup, model: torch.nn.Module, pixels: Pixels) -> None:
-    """Refuse images that vanish in the network, or that it would normalise one by one."""
-    experiment = setup.experiment
-    if ":" in experiment.model.arch:
-        return
-    train, sizes_px = experiment.train, setup.feeds["train"].dataset.manifest.sizes_px
-    share = train.batch // (SHARDS if train.exact else setup.ranks)
-    images = train.micro_batch if isinstance(train.micro_batch, int) else share
-    if experiment.model.norm == "sync":
-        images *= setup.ranks
-    sides = (pixels.size_px, pixels.size_px) if pixels.size_px else (sizes_px[1], sizes_px[0])
-    smaller = factor_of(experiment.model.arch, experiment.model.args) if experiment.task == "upscale" else 1
-    seen = (side * experiment.upscale.factor // smaller for side in sides)
-    check_fits(model, (images, pixels.channels, *seen), experiment.model.arch)
