@@ -25,8 +25,8 @@ $(STAMP): requirements.lock pyproject.toml
 demo: setup      ## the whole way on small real images: ingest, train on 2 workers, evaluate, report
 	$(BIN)/scalecv demo
 
-test: setup      ## every test but those of `make chaos` (20 to 30 minutes on 2 cores)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: setup      ## every test but those of `make chaos`, two files at a time (under 20 minutes on 2 cores)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 chaos: setup     ## the long tests of faults: kills, lost nodes, crash points, broken stores
 	$(BIN)/python -m pytest -m chaos $(PYTEST_ARGS)

@@ -156,7 +156,7 @@ def _ray() -> Check:
 
 def _open_head() -> Check:
     """A head that `ray start` left running on this machine."""
-    note = Path("/tmp/ray/ray_current_cluster")  # noqa: S108 - Ray's own place
+    note = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")  # noqa: S108 - Ray's own place
     address = note.read_text(encoding="utf-8").strip() if note.is_file() else ""
     if not address:
         return Check("head", True, "no cluster was started on this machine")

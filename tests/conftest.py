@@ -1,8 +1,10 @@
 """Fixtures for all tests: the shared data, a real S3 server, one local Ray; each is made when first asked for."""
 
+import atexit
 import os
 import shutil
 import tarfile
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +16,17 @@ from scalecv.testing.store_proxy import StoreProxy
 
 DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 _ENDINGS = (".zip", ".tar", ".tar.xz")
+
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    # Each process of the tests has Rays of its own, and sees no other's.
+    _temporary = tempfile.mkdtemp(prefix=f"{worker}-")
+    os.environ["RAY_TMPDIR"] = _temporary
+    atexit.register(shutil.rmtree, _temporary, ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that train come first: of two that run at a time, a long one at the end would run alone."""
+    items.sort(key=lambda item: item.path.parent.name not in ("train", "search", "e2e"))
 
 
 @pytest.fixture(scope="session")

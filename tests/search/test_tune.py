@@ -48,28 +48,43 @@ def of_mlflow(place):
 
 
 @pytest.mark.e2e
-def test_a_sweep_ends_with_the_best_as_if_it_had_been_trained_alone(shapes, tmp_path):
-    base = write(shapes, tmp_path)
+@pytest.mark.timeout(900)
+def test_trials_are_those_of_a_run_alone_and_the_best_is_raced_against_the_experiment_as_written(shapes, tmp_path):
+    base = write(shapes, tmp_path, finalists=1, seeds=3, budget="1h", searcher="optuna")
     job = command(tmp_path)
-    out, _ = job.communicate(timeout=400)
+    out, _ = job.communicate(timeout=800)
     said = (tmp_path / "stderr.txt").read_text()
     assert job.returncode == 0, said
     told = json.loads(out)
     trials, best = told["trials"], told["best"]
     assert [one["number"] for one in trials] == [0, 1, 2] and best["status"] == "finished", said
-    assert "stopped" in {one["status"] for one in trials} and told["verdict"]["sentence"].startswith("not raced")
+    assert "stopped" in {one["status"] for one in trials}
     assert all(one["device_s"] > 0 and one["run_id"] for one in trials)
     assert [*(tmp_path / "cache").glob("*/*.slots")], "trials share the images that they decode"
+    # Paused at rungs and promoted, in other processes: the weights of a run that was left alone.
+    one = next(one for one in trials if one["status"] == "finished")
+    tree, metric = base.model_dump(mode="json", exclude={"search"}), {"train.metric": told["metric"]}
+    alone = train(config.build(config.with_overrides(tree, {**one["overrides"], **metric, "name": "alone"}), "test"))
+    assert alone.weights_hash == one["weights_hash"]
+
+    entrants = {one["entrant"] for one in told["race"]}
+    assert len(entrants) == 2 and -1 in entrants and best["number"] in entrants, said
+    assert sorted((one["entrant"], one["seed"]) for one in told["race"]) == [
+        (entrant, seed) for entrant in sorted(entrants) for seed in range(3)
+    ]
+    assert told["verdict"]["seeds"] == 3 and "paired seeds" in told["verdict"]["sentence"], said
+    assert len({one["weights_hash"] for one in told["race"]}) == 6
+    page = (tmp_path / "runs" / "sweep" / "report.html").read_text()
+    assert told["verdict"]["sentence"] in page and page.count("data:image/png;base64,") >= 3
+    assert 'src="http' not in page and "<script" not in page
+
     runs = of_mlflow(tmp_path)
+    del runs["alone"]
+    heats = {f"sweep-race-{who}-seed{seed}" for who in ("as-written", f"{max(entrants):04d}") for seed in range(3)}
+    assert set(runs) == {"sweep", *(f"sweep-{number:04d}" for number in range(3)), *heats}
     assert {run.data.tags.get("mlflow.parentRunId") for name, run in runs.items() if name != "sweep"} == {
         told["run_id"]
     }
-    assert set(runs) == {"sweep", *(f"sweep-{number:04d}" for number in range(3))}
-    # Paused at rungs and promoted, in other processes: the weights of a run that was left alone.
-    metric = {"train.metric": told["metric"]}
-    tree = base.model_dump(mode="json", exclude={"search"})
-    alone = train(config.build(config.with_overrides(tree, {**best["overrides"], **metric, "name": "alone"}), "test"))
-    assert alone.weights_hash == best["weights_hash"]
 
 
 def checkpoints(folder):
@@ -169,7 +184,7 @@ def test_a_population_goes_on_from_the_checkpoints_of_its_best(shapes, tmp_path)
 
 @pytest.mark.chaos
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("trials", "workers"), [(100, 1), (6, 2)])
+@pytest.mark.parametrize(("trials", "workers"), [(170, 1), (6, 2)])
 def test_stopped_trials_leave_no_actor_placement_group_or_file_handle(shapes, tmp_path, trials, workers):
     import psutil
     import ray
@@ -185,7 +200,7 @@ def test_stopped_trials_leave_no_actor_placement_group_or_file_handle(shapes, tm
         before = psutil.Process().num_fds()
         more = config.with_overrides(base.model_dump(mode="json"), {"search.trials": trials + 3})
         again = tune(config.build(more, "test"))
-        assert sum(one.status == "stopped" for one in swept.trials) >= trials * 2 // 3 - 1
+        assert sum(one.status == "stopped" for one in swept.trials) >= trials * 3 // 5  # promotions come as trials end
         assert len(again.trials) == trials + 3 and all(one.status in ("stopped", "finished") for one in again.trials)
         until = time.monotonic() + 60
         held = lambda: {group["state"] for group in placement_group_table().values()} - {"REMOVED"}  # noqa: E731
@@ -197,26 +212,6 @@ def test_stopped_trials_leave_no_actor_placement_group_or_file_handle(shapes, tm
         assert psutil.Process().num_fds() <= before + 8
     finally:
         runtime.shutdown()
-
-
-@pytest.mark.e2e
-def test_the_best_is_raced_against_the_experiment_as_written_within_the_budget(shapes, tmp_path):
-    write(shapes, tmp_path, trials=2, finalists=1, seeds=3, budget="1h", searcher="optuna")
-    out, _ = command(tmp_path).communicate(timeout=500)
-    said = (tmp_path / "stderr.txt").read_text()
-    told = json.loads(out)
-    entrants = {one["entrant"] for one in told["race"]}
-    assert len(entrants) == 2 and -1 in entrants and told["best"]["number"] in entrants, said
-    assert sorted((one["entrant"], one["seed"]) for one in told["race"]) == [
-        (entrant, seed) for entrant in sorted(entrants) for seed in range(3)
-    ]
-    assert told["verdict"]["seeds"] == 3 and "paired seeds" in told["verdict"]["sentence"], said
-    assert len({one["weights_hash"] for one in told["race"]}) == 6
-    runs = of_mlflow(tmp_path)
-    assert "sweep-race-as-written-seed0" in runs and len(runs) == 1 + 2 + 6
-    page = (tmp_path / "runs" / "sweep" / "report.html").read_text()
-    assert told["verdict"]["sentence"] in page and page.count("data:image/png;base64,") >= 3
-    assert 'src="http' not in page and "<script" not in page
 
 
 @pytest.mark.chaos
