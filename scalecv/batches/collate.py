@@ -4,11 +4,8 @@ Pixels stay in the dtype of the files until they are on the device; that is a qu
 float32, and normalising there costs next to nothing.
 """
 
-import math
-import threading
 import time
-import weakref
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,155 +15,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from scalecv.batches import crops, transforms
+from scalecv.batches import crops, samples, transforms
+from scalecv.batches.memory import BatchMemory, Blocks
 from scalecv.batches.pixels import Pixels
 from scalecv.batches.shared_pixels import SharedPixels
 from scalecv.batches.slots import Fixed
 from scalecv.config import Augment
-from scalecv.errors import DataError, IntegrityError
-from scalecv.schema import IGNORE, Batch
+from scalecv.errors import IntegrityError
+from scalecv.schema import Batch
 from scalecv.shards import decode, jpeg
-
-
-def sample(
-    image: bytes,
-    mask: bytes | None,
-    nodata: float | None,
-    how: Pixels,
-    u: np.ndarray | None,
-    out: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """One row as pixels.
-
-    Args:
-        image, mask: encoded bytes.
-        nodata: value of pixels without data; they become 0 after normalisation and count nowhere in the mask.
-        how: bands, size and augmentation; with `marks_data` the mask says where the image has data.
-        u: draws of the sample; None does not augment.
-        out: [C, size_px, size_px] in how.dtype, where the image may be written.
-    Returns: image [C, H, W] in how.dtype (memory order H, W, C), mask int64 [H, W] with class numbers or None. The
-        image may lie in memory of this thread, which its next call writes over.
-    """
-    crop = how.augment.resized_crop if u is not None and how.size_px else None
-    array, box = _decoded(image, crop if mask is None else None, u)
-    return _varied(_fixed(array, mask, nodata, how, out, resizes=crop is None), how, u, box, out)
-
-
-def _fixed(
-    array: np.ndarray, mask: bytes | None, nodata: float | None, how: Pixels, out: torch.Tensor | None, *, resizes: bool
-) -> Fixed:
-    """All of a row's way that is the same each time, from its pixels [H, W, C] on."""
-    target = None if mask is None or how.marks_data else torch.from_numpy(_classes(decode.decode_mask(mask), how))
-    picture, gone = image_of(array, nodata, how)
-    missing = None if gone is None else torch.from_numpy(gone)
-    if how.marks_data:
-        target = torch.zeros(array.shape[:2], dtype=torch.int64)
-    if target is not None and missing is not None:
-        target[missing] = IGNORE
-    if not (how.size_px and resizes):
-        return Fixed(picture, target, missing)
-    planes = transforms.with_missing(target, missing)
-    picture, planes = transforms.resize(picture, planes, how.size_px, how.resize, out)
-    has = {"has_mask": target is not None, "has_missing": missing is not None}
-    return Fixed(picture, *transforms.without_missing(planes, **has))
-
-
-def _varied(
-    row: Fixed, how: Pixels, u: np.ndarray | None, box: transforms.Box | None, out: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What the draws make of a row; `box` is its crop, where that is known."""
-    if u is None:
-        return row.image, row.target
-    missing = row.missing if how.augment.changes_values else None
-    planes = transforms.with_missing(row.target, missing)
-    picture, planes = transforms.move(row.image, planes, how.augment, u, how.size_px, box, out)
-    has = {"has_mask": row.target is not None, "has_missing": missing is not None}
-    target, gone = transforms.without_missing(planes, **has)
-    return transforms.recolour(picture, how.augment, u, how.mean, how.std, gone), target
-
-
-def _decoded(
-    image: bytes, share: tuple[float, float] | None, u: np.ndarray | None
-) -> tuple[np.ndarray, transforms.Box | None]:
-    """The pixels [H, W, C] of an image, and the box that a crop will take of them; rows below it may be left out."""
-    known = jpeg.header(image)
-    if known is None:
-        return decode.decode_pixels(image), None
-    if share is None or u is None:
-        box, rows = None, None
-    else:
-        box = transforms.crop_box(known.height, known.width, share, u)
-        rows = box[0] + box[2]
-    size_bytes = known.height * known.width * known.channels
-    pixels = jpeg.decode(image, known, rows, _own_memory(size_bytes) if size_bytes <= LARGEST_KEPT else None)
-    return decode.decode_pixels(image) if pixels is None else pixels, box
-
-
-_THREAD = threading.local()
-LARGEST_KEPT = 16 << 20
-
-
-def _own_memory(size_bytes: int) -> np.ndarray:
-    """Memory of this thread for one picture, which is in the batch before the next one comes; it stays in the cache."""
-    kept: np.ndarray | None = getattr(_THREAD, "memory", None)
-    if kept is None or kept.size < size_bytes:
-        kept = _THREAD.memory = np.empty(size_bytes, np.uint8)
-    return kept
-
-
-def _channels(array: np.ndarray, nodata: float | None, how: Pixels) -> tuple[np.ndarray, np.ndarray | None]:
-    """The wanted channels in the wanted dtype, and where pixels are missing (bool [H, W] or None)."""
-    missing = _missing(array, nodata)
-    if missing is not None:
-        array = np.where(missing[..., None], np.zeros((), array.dtype), array)
-    if how.color != "native":
-        if array.dtype == np.uint16:
-            array = (array >> 8).astype(np.uint8)
-        array = array[..., :3] if array.shape[2] >= 3 else np.repeat(array[..., :1], 3, axis=2)
-        if how.color == "gray":
-            array = (array @ np.array([0.299, 0.587, 0.114])).round().astype(np.uint8)[..., None]
-    if how.bands:
-        array = array[..., [b - 1 for b in how.bands]]
-    if missing is not None:
-        array = np.where(missing[..., None], np.asarray(how.mean).astype(array.dtype), array)
-    if array.flags.writeable and array.flags.c_contiguous and array.dtype == how.dtype:
-        return array, missing
-    return np.array(array, dtype=how.dtype, order="C"), missing  # Pillow hands out read-only memory
-
-
-def image_of(array: np.ndarray, nodata: float | None, how: Pixels) -> tuple[torch.Tensor, np.ndarray | None]:
-    """Pixels [H, W, bands] as a file holds them as [C, H, W] in how.dtype, and where they are missing (bool [H, W])."""
-    wanted, missing = _channels(array, nodata, how)
-    return torch.from_numpy(wanted).permute(2, 0, 1), missing
-
-
-def _missing(array: np.ndarray, nodata: float | None) -> np.ndarray | None:
-    """Where some band is not finite or all bands are nodata, bool [H, W]; None where nothing is missing."""
-    if nodata is None and array.dtype.kind != "f":
-        return None
-    bad = np.zeros(array.shape[:2], bool)
-    if array.dtype.kind == "f":
-        bad |= ~np.isfinite(array).all(-1)
-    if nodata is not None and np.isfinite(nodata):
-        bad |= np.asarray((array == nodata).all(-1))
-    return bad if bad.any() else None
-
-
-def _classes(values: np.ndarray, how: Pixels) -> np.ndarray:
-    """Mask values as class numbers, IGNORE for the declared ignore value."""
-    out = np.full(values.shape, IGNORE, np.int64)
-    known = np.zeros(values.shape, bool)
-    for number, value in enumerate(how.mask_values):
-        hit = values == value
-        out[hit] = number
-        known |= hit
-    if how.mask_ignore is not None:
-        known |= values == how.mask_ignore
-    if not known.all():
-        raise IntegrityError(
-            f"a mask holds the value {values[~known].flat[0]}, the manifest lists {list(how.mask_values)}"
-        )
-    return out
 
 
 class Row(NamedTuple):
@@ -186,31 +43,6 @@ class Row(NamedTuple):
     """Its place in the split; None where that is not known."""
 
 
-class Blocks:
-    """Memory of batches that nobody holds any more, for the next ones: touching new pages costs a tenth of decoding."""
-
-    def __init__(self, most: int = 8) -> None:
-        """Keep up to `most` blocks."""
-        self._most, self._free = most, list[np.ndarray]()
-
-    def tensor(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> torch.Tensor:
-        """Memory of any content, which comes back once neither the tensor nor a view of it is left."""
-        size = math.prod(shape) * dtype.itemsize
-        try:
-            block = self._free.pop()
-        except IndexError:
-            block = np.empty(0, np.uint8)
-        if block.nbytes != size:
-            block = np.empty(size, np.uint8)
-        array = block.view(dtype).reshape(shape)
-        weakref.finalize(array, self._take_back, block)  # the tensor holds this very array
-        return torch.from_numpy(array)
-
-    def _take_back(self, block: np.ndarray) -> None:
-        if len(self._free) < self._most:
-            self._free.append(block)
-
-
 def fill(
     rows: list[Row],
     how: Pixels,
@@ -222,7 +54,7 @@ def fill(
 ) -> "Filling":
     """Start decoding a batch on `pool`; `Filling.wait` gives it. `seeds`: (seed, epoch), None does not augment."""
     numbers = {name: place for place, name in enumerate(how.classes)}
-    memory = _Memory(len(rows), how, blocks or Blocks(0))
+    memory = BatchMemory(len(rows), how, blocks or Blocks(0))
     masks: list[Any] = [None] * len(rows)
 
     def work(first: int) -> float:
@@ -238,7 +70,7 @@ def fill(
                 continue
             row, u = rows[at], chances[at]
             with _told(row):
-                image, masks[at] = sample(row.image, row.mask, row.nodata, how, u, memory.at(at))
+                image, masks[at] = samples.sample(row.image, row.mask, row.nodata, how, u, memory.at(at))
             memory.put(at, image)
         return time.perf_counter() - began
 
@@ -264,7 +96,7 @@ def _put_shared(
     rows: list[Row],
     how: Pixels,
     chances: Mapping[int, np.ndarray | None],
-    memory: "_Memory",
+    memory: BatchMemory,
     masks: list[Any],
     shared: SharedPixels,
 ) -> None:
@@ -276,24 +108,28 @@ def _put_shared(
         if known is not None:
             return known
         size_bytes = layout.image_bytes
-        own = _own_memory(size_bytes)[:size_bytes] if size_bytes <= LARGEST_KEPT else np.empty(size_bytes, np.uint8)
+        own = (
+            samples.own_memory(size_bytes)[:size_bytes]
+            if size_bytes <= samples.LARGEST_KEPT
+            else np.empty(size_bytes, np.uint8)
+        )
         return torch.from_numpy(own.view(layout.dtype).reshape(layout.shape)).permute(2, 0, 1)
 
-    def decoded(at: int) -> Fixed:
+    def fixed_of(at: int) -> Fixed:
         row = rows[at]
         if not shared.whole and _cropped(rows, how, {at: None}, memory):
             return Fixed(place(at))
         with _told(row):
-            array, _ = _decoded(row.image, None, None)
-            return _fixed(array, row.mask, row.nodata, how, memory.at(at), resizes=not shared.whole)
+            array, _ = samples.decoded(row.image, None, None)
+            return samples.fixed(array, row.mask, row.nodata, how, memory.at(at), resizes=not shared.whole)
 
     numbers = {at: rows[at].number or 0 for at in chances}
-    for at, fixed in shared.each(numbers, place, decoded):
-        image, masks[at] = _varied(fixed, how, chances[at], None, memory.at(at))
+    for at, fixed in shared.each(numbers, place, fixed_of):
+        image, masks[at] = samples.varied(fixed, how, chances[at], None, memory.at(at))
         memory.put(at, image)
 
 
-def _cropped(rows: list[Row], how: Pixels, chances: Mapping[int, np.ndarray | None], memory: "_Memory") -> set[int]:
+def _cropped(rows: list[Row], how: Pixels, chances: Mapping[int, np.ndarray | None], memory: BatchMemory) -> set[int]:
     """Put the JPEGs among some rows into the batch, all of them in one call; the rows for which that was done.
 
     Args:
@@ -311,11 +147,11 @@ def _cropped(rows: list[Row], how: Pixels, chances: Mapping[int, np.ndarray | No
             continue
         box, flips = _box_and_flips(known, how, u)
         room = native.room(known, box, side)
-        if room <= LARGEST_KEPT:
+        if room <= samples.LARGEST_KEPT:
             jobs[at], most = (row.image, box, flips, memory.address(at)), max(most, room)
     if not jobs:
         return set()
-    whole = native([*jobs.values()], side, _own_memory(most))
+    whole = native([*jobs.values()], side, samples.own_memory(most))
     done = {at for at, is_done in zip(jobs, whole.tolist(), strict=True) if is_done}
     rest = how.augment.model_copy(update={"resized_crop": None, "hflip": 0.0, "vflip": 0.0})
     memory.filled(done)
@@ -353,62 +189,12 @@ def _augmented(image: Any, rest: Augment, how: Pixels, u: np.ndarray | None) -> 
 _NOTHING = Augment()
 
 
-class _Memory:
-    """The pixels of one batch: height, width, channel in memory, as decoders write and channels_last wants."""
-
-    def __init__(self, rows: int, how: Pixels, blocks: Blocks) -> None:
-        self._rows, self._lock, self._blocks = rows, threading.Lock(), blocks
-        self._dtype = np.dtype(how.dtype)
-        self._pixels: torch.Tensor | None = None
-        self._address = self._row_bytes = 0
-        self._shapes: set[tuple[int, ...]] = set()
-        if how.size_px:
-            self._allocate((how.size_px, how.size_px, how.channels))
-
-    def _allocate(self, shape: tuple[int, ...]) -> torch.Tensor:
-        self._pixels = self._blocks.tensor((self._rows, *shape), self._dtype)
-        self._address = self._pixels.data_ptr()
-        self._row_bytes = math.prod(shape) * self._dtype.itemsize
-        return self._pixels
-
-    def address(self, row: int) -> int:
-        """Where a row's pixels belong, once their size is known."""
-        return self._address + row * self._row_bytes
-
-    def filled(self, rows: Collection[int]) -> None:
-        """Hear that rows were written where they belong."""
-        if rows and self._pixels is not None:
-            height, width, channels = self._pixels.shape[1:]
-            with self._lock:
-                self._shapes.add((channels, height, width))
-
-    def at(self, row: int) -> torch.Tensor | None:
-        """Where a row's pixels belong, [C, H, W]; None while the size is not known."""
-        return None if self._pixels is None else self._pixels[row].permute(2, 0, 1)
-
-    def put(self, row: int, image: torch.Tensor) -> None:
-        """Take [C, H, W], which may have been written in place."""
-        with self._lock:
-            upright = image.permute(1, 2, 0)
-            self._shapes.add(tuple(image.shape))
-            pixels = self._allocate(tuple(upright.shape)) if self._pixels is None else self._pixels
-        place = pixels[row]
-        if place.shape == upright.shape and place.data_ptr() != upright.data_ptr():
-            place.copy_(upright)
-
-    def images(self) -> torch.Tensor:
-        """[B, C, H, W], channels_last."""
-        if len(self._shapes) > 1 or self._pixels is None:
-            raise DataError(f"images of one batch have the shapes {sorted(self._shapes)}: set data.size_px")
-        return self._pixels.permute(0, 3, 1, 2)
-
-
 @dataclass(frozen=True)
 class Filling:
     """A batch that is being decoded."""
 
     futures: list[Any]
-    memory: _Memory
+    memory: BatchMemory
     masks: list[Any]
     labels: np.ndarray | None
     ids: list[str]

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from scalecv.batches import crops
-from scalecv.batches.collate import Blocks, Row, fill
+from scalecv.batches.collate import Row, fill
+from scalecv.batches.memory import Blocks
 from scalecv.batches.pixels import Pixels
 from scalecv.batches.shared_pixels import SharedPixels
 from scalecv.errors import IntegrityError

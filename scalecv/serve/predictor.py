@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from scalecv.artifacts.bundle import Bundle
 from scalecv.batches import transforms
-from scalecv.batches.collate import image_of, to_device
+from scalecv.batches.collate import to_device
+from scalecv.batches.samples import image_of
 from scalecv.raster import Profile
 from scalecv.shards.decode import BadImage
 from scalecv.tasks import TASKS

@@ -5,9 +5,10 @@ import io
 import numpy as np
 from numpy.typing import NDArray
 
-from scalecv.batches.collate import Row, sample
+from scalecv.batches.collate import Row
 from scalecv.batches.feed import Feed
 from scalecv.batches.pixels import Pixels, pixels_of
+from scalecv.batches.samples import sample
 from scalecv.batches.transforms import draws
 from scalecv.config import Experiment
 from scalecv.schema import IGNORE

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as F
 
-from scalecv.batches import collate
+from scalecv.batches import collate, memory
 from scalecv.batches.collate import Row
 from scalecv.batches.pixels import Pixels
 from scalecv.batches.transforms import crop_box, draws
@@ -75,7 +75,7 @@ def test_gray_and_rgb_pictures_make_one_batch():
 
 
 def test_memory_comes_back_when_nobody_holds_it():
-    blocks = collate.Blocks(2)
+    blocks = memory.Blocks(2)
     one = blocks.tensor((4, 8), np.dtype("int16"))
     place, view = one.data_ptr(), one[2:].permute(1, 0)
     del one

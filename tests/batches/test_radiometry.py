@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from scalecv.batches.collate import sample
 from scalecv.batches.pixels import Pixels
 from scalecv.batches.radiometry import change_bands
+from scalecv.batches.samples import sample
 from scalecv.batches.transforms import draws
 from scalecv.config import Augment
 from scalecv.errors import ConfigError

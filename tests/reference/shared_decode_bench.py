@@ -3,7 +3,7 @@
     python -m tests.reference.shared_decode_bench [--pairs 2] [--to docs/benchmarks/shared_decode.md]
 
 Each trial is a process that trains a tiny network with its own learning rate, as those of `scalecv tune` do, on
-pictures that are slow to decode. Decoded images are counted where `batches/collate.py` decodes, in all processes.
+pictures that are slow to decode. Decoded images are counted where `batches` decodes them, in all processes.
 Figures of one picture are CPU time of one thread.
 """
 
@@ -56,11 +56,11 @@ def dataset(folder: Path) -> Path:
 def trial(told: dict[str, Any]) -> None:
     """One trial in this process, once a file says go; prints what it took."""
     from scalecv import config
-    from scalecv.batches import collate
+    from scalecv.batches import collate, samples
     from scalecv.train.run import train
 
     decoded: list[int] = []
-    by_wheels, by_c = collate._decoded, collate._cropped
+    by_wheels, by_c = samples.decoded, collate._cropped
 
     def counted(*given: Any) -> Any:
         decoded.append(1)
@@ -71,7 +71,7 @@ def trial(told: dict[str, Any]) -> None:
         decoded.append(len(done))
         return done
 
-    collate._decoded, collate._cropped = counted, counted_by_c
+    samples.decoded, collate._cropped = counted, counted_by_c
     experiment = config.build(config.with_overrides({}, told["keys"]), "bench")
     print("ready", flush=True)
     sys.stdin.readline()
@@ -110,13 +110,14 @@ def one_picture() -> dict[str, tuple[float, float]]:
 
     import torch
 
-    from scalecv.batches import collate, transforms
+    from scalecv.batches import transforms
     from scalecv.batches.collate import Row
     from scalecv.batches.pixels import Pixels
     from scalecv.batches.shared_pixels import SharedPixels
     from scalecv.batches.slots import Fixed, Layout
     from scalecv.cache import NodeCache
     from scalecv.config import Augment
+    from scalecv.shards.decode import decode_pixels
 
     torch.set_num_threads(1)
     found = {}
@@ -143,7 +144,7 @@ def one_picture() -> dict[str, tuple[float, float]]:
             assert handle is not None
             kept = SharedPixels(cache, handle, len(rows), layout, whole=whole)
             for row in rows:
-                pixels = torch.from_numpy(collate.decode.decode_pixels(row.image).copy()).permute(2, 0, 1)
+                pixels = torch.from_numpy(decode_pixels(row.image).copy()).permute(2, 0, 1)
                 kept.write(row.number or 0, Fixed(pixels if whole else transforms.scaled(pixels, 224)))
             sides = decode_here(rows, how), take_here(rows, how, kept)
             found[name] = tuple(pool.submit(cpu_us, side).result() for side in sides)
@@ -153,15 +154,16 @@ def one_picture() -> dict[str, tuple[float, float]]:
 
 def decode_here(rows: list[Any], how: Any) -> Callable[[], None]:
     """Decode some rows in the thread that calls it."""
-    from scalecv.batches import collate, transforms
+    from scalecv.batches import collate, samples, transforms
+    from scalecv.batches.memory import BatchMemory, Blocks
 
     def decode() -> None:
-        memory = collate._Memory(len(rows), how, collate.Blocks(0))
+        memory = BatchMemory(len(rows), how, Blocks(0))
         chances = {at: transforms.draws(0, 0, row.id) for at, row in enumerate(rows)}
         done = collate._cropped(rows, how, chances, memory)
         for at in chances.keys() - done:
             row = rows[at]
-            memory.put(at, collate.sample(row.image, None, None, how, chances[at], memory.at(at))[0])
+            memory.put(at, samples.sample(row.image, None, None, how, chances[at], memory.at(at))[0])
 
     return decode
 
@@ -170,7 +172,7 @@ def take_here(rows: list[Any], how: Any, kept: Any) -> Callable[[], None]:
     """Take some rows from the share in the thread that calls it."""
     import torch
 
-    from scalecv.batches import collate, transforms
+    from scalecv.batches import samples, transforms
 
     out = torch.empty(kept.layout.shape, dtype=torch.uint8).permute(2, 0, 1)
     place = torch.empty((224, 224, 3), dtype=torch.uint8).permute(2, 0, 1)
@@ -178,7 +180,7 @@ def take_here(rows: list[Any], how: Any, kept: Any) -> Callable[[], None]:
     def take() -> None:
         for row in rows:
             u = transforms.draws(0, 0, row.id)
-            collate._varied(kept.read(row.number, out), how, u, None, place)
+            samples.varied(kept.read(row.number, out), how, u, None, place)
 
     return take
 

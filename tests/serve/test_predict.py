@@ -16,8 +16,9 @@ from torchvision.transforms.v2 import functional as F
 
 from scalecv import raster
 from scalecv.artifacts import bundle
-from scalecv.artifacts.bundle import Call, DataFacts, PixelFacts
+from scalecv.artifacts.bundle import Call, DataFacts, PixelFacts, UpscaleFacts
 from scalecv.errors import ConfigError, DataError, ScalecvError
+from scalecv.models.enlarged import Bicubic, Enlarged
 from scalecv.serve.predict import predict
 from scalecv.serve.predictor import Windows, windows_for
 from scalecv.shards.ingest import IngestOptions, ingest
@@ -48,6 +49,7 @@ def made(tmp_path, monkeypatch):
         size_px=None,
         values=(0, 1),
         sides_px=None,
+        factor=1,
         **norm,
     ) -> str:
         import reachnet
@@ -56,12 +58,15 @@ def made(tmp_path, monkeypatch):
         outputs = 1 if task == "segment" and len(classes) == 2 else len(classes)
         args = {"pooled": True} if task == "classify" else {}
         net = reachnet.build(bands, outputs, **args)
+        stage = UpscaleFacts(method="bicubic", factor=factor) if factor > 1 else None
+        whole = Enlarged(net, Bicubic(factor), factor) if stage else net
         call = {"arch": "reachnet:build", "encoder": "", "in_channels": bands, "outputs": outputs, "args": args}
         pixels = {"bands": None, "color": "native", "channels": bands, "source_dtype": dtype, "size_px": size_px}
         parts = bundle.parts(
-            net.state_dict(),
+            whole.state_dict(),
             name="reach",
             task=task,
+            upscale=stage,
             call=Call(**call, stem="default", norm="group"),
             pixels=PixelFacts(
                 **pixels,
@@ -144,6 +149,29 @@ def test_a_scene_is_seen_at_the_scale_of_the_tiles_of_training(made, tmp_path):
     run(older, tmp_path / "s", tmp_path / "older", tile=128, overlap=64, probability="float32")
     gap = np.abs(opened(tmp_path / "older/a.probability.tif")[0][0] - p)
     assert gap.max() > 0.05, "at the scale of the file something else is found, so the comparison can fail"
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+def test_a_scene_behind_the_stage_is_that_of_one_pass_at_its_own_size(made, tmp_path, factor):
+    image, _ = scene(0, 192, 160)
+    data = raster.encode(image, None, wkt(), place(0, 0))
+    write(tmp_path / "s", "a.tif", data)
+    model = made(
+        "segment", 4, "uint16", ("ground", "roof", "water"), values=(0, 5, 9), factor=factor, mean=2e3, std=1.5e3
+    )
+    one = run(model, tmp_path / "s", tmp_path / "one", tile=256, probability="float32")
+    many = run(model, tmp_path / "s", tmp_path / "many", tile=96, overlap=32, batch=2, probability="float32")
+    assert one.rows == many.rows == 1
+    (a, crs, transform, *_), (b, *_) = (opened(tmp_path / n / "a.tif") for n in ("one", "many"))
+    found = raster.profile(data)
+    assert a.shape == (1, 160, 192) and (crs.to_wkt(), transform) == (found.wkt, found.transform)
+    np.testing.assert_array_equal(a, b)
+    p, q = (opened(tmp_path / n / "a.probability.tif")[0] for n in ("one", "many"))
+    np.testing.assert_allclose(p, q, atol=1e-4)
+    net = bundle.open_bundle(model, allow_import=True).model.eval()
+    with torch.no_grad():
+        logits = net((torch.from_numpy(image.astype(np.float32)).permute(2, 0, 1)[None] - 2e3) / 1.5e3)
+    np.testing.assert_allclose(p, logits.softmax(1)[0].numpy(), atol=1e-5)
 
 
 def test_windows_have_the_side_of_training():
