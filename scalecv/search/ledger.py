@@ -74,7 +74,7 @@ class Ledger:
     def keep(self, trial: Trial) -> None:
         """Write a record, and have it in its list."""
         folder, records = ("trials", self.trials) if trial.entrant is None else ("race", self.race)
-        data = json.dumps(redact.clean_tree(asdict(trial)), indent=1).encode()
+        data = json.dumps(redact.clean_tree(asdict(trial))).encode()
         storage.put(_place(self.home, folder, trial.number), data)
         records[trial.number : trial.number + 1] = [trial]
 

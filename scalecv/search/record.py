@@ -18,8 +18,8 @@ from scalecv.search.space import told
 from scalecv.train import runs
 
 Event = dict[str, Any]
-TABLE_S = 30.0
-"""Seconds between two tables of a sweep under way; they grow with its trials."""
+NUMBERS_S, TABLE_S = 1.0, 30.0
+"""Seconds between two points and two tables of a sweep under way; they take the longer the more trials it has."""
 
 
 class Record:
@@ -36,7 +36,8 @@ class Record:
             self.say(f"{trouble}. The sweep goes on; its record waits in {ledger.home}")
         folder = Path(ledger.home) if storage.is_local(ledger.home) else runs.cache_folder() / ledger.key
         folder.mkdir(parents=True, exist_ok=True)
-        self._path, self._table_at = folder / "spool.jsonl", float("-inf")
+        self._path = folder / "spool.jsonl"
+        self._numbers_at = self._table_at = float("-inf")
         about = (self.uri, experiment.track.experiment, experiment.name, ledger.key)
         self._sender = tracking.Sender(
             self._path, folder / "spool.sent.json", *about, {"scalecv.task": experiment.task}
@@ -53,17 +54,20 @@ class Record:
         """A line for whoever looks."""
         self.tell({"kind": "progress", "message": message})
 
-    def stand(self, every_s: float = 0.0) -> None:
-        """How the sweep stands: its numbers, and at most every so many seconds its table."""
-        trials, plan = self.ledger.trials, self.plan
+    def stand(self, *, is_last: bool = False) -> None:
+        """How the sweep stands: its numbers and its table, both not too often until it ends."""
+        now, trials, plan = time.monotonic(), self.ledger.trials, self.plan
+        if not is_last and now - self._numbers_at < NUMBERS_S:
+            return
+        self._numbers_at = now
         best, spent = best_of(plan, trials), self.ledger.device_s
         metrics = {"sweep/trials": float(len(trials)), "sweep/device_s": spent}
         if best is not None:
             metrics[f"best/{self.metric}"] = plan.sign * best.value(plan.sign)
         self._append({"kind": "metrics", "step": int(spent * 1000), "metrics": metrics})
-        if time.monotonic() - self._table_at < every_s:
+        if not is_last and now - self._table_at < TABLE_S:
             return
-        self._table_at = time.monotonic()
+        self._table_at = now
         ahead = leader(plan, trials)
         if ahead is not None:
             value = plan.sign * ahead.value(plan.sign)

@@ -208,10 +208,12 @@ def is_enough(plan: Plan, trials: Sequence[Trial]) -> bool:
     The next doubling is taken to gain no more than the last: the best of all trials less the expected best of a random
     half of them.
     """
+    if not plan.search.min_gain:
+        return False
     alive = [one for one in trials if one.status != "failed"]
     values = sorted(value for one in alive if (value := plan.known(one).value) > -math.inf)
     count = len(values)
-    if not plan.search.min_gain or count < GAIN_FROM:
+    if count < GAIN_FROM:
         return False
     half = count // 2
     best, chance = 0.0, half / count  # that the best of all is in the half

@@ -22,7 +22,7 @@ from scalecv.config import Experiment, flatten
 from scalecv.errors import ConfigError, Interrupted, ScalecvError, UserError
 from scalecv.search.ledger import Ledger
 from scalecv.search.race import Standing, next_heat, standing_of
-from scalecv.search.record import TABLE_S, Record
+from scalecv.search.record import Record
 from scalecv.search.report import Swept, best_trial, entrant_name, verdict
 from scalecv.search.schedule import ERROR, Plan, best_of, kept_s, leader, next_segment
 from scalecv.search.searchers import check_living, perturbed, runnable, values_of, written_keys
@@ -176,14 +176,14 @@ class _Sweep:
                     f"all {len(self.ledger.trials)} trials failed, such as: {self.ledger.trials[-1].cause}"
                 )
             status = "FINISHED"
-            self.record.stand()
+            self.record.stand(is_last=True)
             swept = self._swept()
             if swept.verdict.pairs:
                 self.ledger.judged()
             return replace(swept, report=self.record.report(swept))
         finally:
             if status != "FINISHED":
-                self.record.stand()
+                self.record.stand(is_last=True)
             self.record.end(status)
 
     def suggest(self, tune_id: str) -> dict[str, Any] | str | None:
@@ -222,7 +222,7 @@ class _Sweep:
             self.ledger.keep(trial)
             now = f"{self.metric} {points[-1].value:.4f} after epoch {trial.epochs}" if points else "no epoch has ended"
             self.record.say(f"{self._told(trial)} {trial.status}: {told(trial.overrides)}: {trial.cause or now}")
-            self.record.stand(every_s=TABLE_S)
+            self.record.stand()
             failed = [one for one in self.ledger.trials if one.status == "failed"]
             ended = [one for one in self.ledger.trials if one.status != "running"]
             if len(failed) >= SAME_FAILURES and failed == ended and len({*map(self._kind, failed)}) == 1:
