@@ -52,7 +52,8 @@ def ensemble(
         typer.Argument(metavar="[RUN]...", help="Bundles, runs:/ID, models:/NAME@ALIAS or names of runs."),
     ] = None,
     from_sweep: Annotated[
-        str | None, typer.Option(help="Experiment file, name or folder of a sweep: its finished trials.")
+        str | None,
+        typer.Option(help="Experiment file, name or folder of a sweep: what it and its race trained to the end."),
     ] = None,
     most: Annotated[int, typer.Option(min=1, max=64, help="Most members.")] = 5,
     to: Annotated[str | None, typer.Option(help="Name of the result; SWEEP-ensemble by default.")] = None,

@@ -91,11 +91,11 @@ def place_of(sweep: str | None, to: str | None, experiment: str) -> tuple[Place,
 
 
 def find(runs: Sequence[str], sweep_folder: str | None, place: Place) -> list[Candidate]:
-    """The finished trials of a sweep and the models that are named, each weights once.
+    """What a sweep and its race trained to the end and the models that are named, each weights once.
 
     Args:
         runs: bundle folders, runs:/ID, models:/NAME@ALIAS or names of runs.
-        sweep_folder: of the sweep; None takes no trials.
+        sweep_folder: of the sweep; None takes none of one.
         place: where names are looked up.
     Raises: UserError: fewer than two, one that is not there, or one that does not go with the first.
     """
@@ -123,7 +123,7 @@ def _trials(folder: str | None) -> Iterator[Candidate]:
     name = folder.rpartition("/")[2]
     for trial in read_trials(folder):
         if trial.status == "finished" and trial.bundle:
-            yield Candidate(f"{name}-{trial.number:04d}", trial.bundle, bundle.read_facts(trial.bundle), trial.run_id)
+            yield Candidate(trial.run_name(name), trial.bundle, bundle.read_facts(trial.bundle), trial.run_id)
 
 
 def _named(run: str, place: Place) -> Candidate:

@@ -47,7 +47,7 @@ def ensemble(
 
     Args:
         runs: bundle folders, runs:/ID, models:/NAME@ALIAS or names of runs.
-        from_sweep: experiment file, name or folder of a sweep, whose finished trials take part.
+        from_sweep: experiment file, name or folder of a sweep; what it and its race trained to the end takes part.
         latency_ms: most milliseconds that one image may take in all members together, on this machine.
         most: members.
         to: name of the result; that of the sweep and "-ensemble" if empty.

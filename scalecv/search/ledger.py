@@ -91,13 +91,13 @@ class Ledger:
 
 
 def read_trials(home: str) -> list[Trial]:
-    """The records of the sweep below a folder, which may be under way.
+    """The records of the sweep below a folder, which may be under way, and then those of its race.
 
     Raises: DataError: no sweep there, or a record that is none.
     """
     if _read(storage.join(home, "sweep.json")) is None:
         raise DataError(f"no sweep at {storage.without_secrets(home)}: expected what scalecv tune wrote, STORAGE/NAME")
-    return _all(home, "trials")
+    return [*_all(home, "trials"), *_all(home, "race")]
 
 
 def _all(home: str, folder: str) -> list[Trial]:

@@ -28,7 +28,7 @@ from scalecv.search.schedule import ERROR, Plan, best_of, kept_s, leader, next_s
 from scalecv.search.searchers import check_living, perturbed, runnable, values_of, written_keys
 from scalecv.search.segment import run_segment
 from scalecv.search.space import draw, resolve, told
-from scalecv.search.trials import AS_WRITTEN, Point, Trial
+from scalecv.search.trials import Point, Trial
 from scalecv.search.under_way import UnderWay
 from scalecv.shards.store import open_dataset
 from scalecv.train import runs
@@ -291,11 +291,7 @@ class _Sweep:
         return made.model_copy(update={"name": self._name(trial), "track": track, "seed": made.seed + later})
 
     def _name(self, trial: Trial) -> str:
-        name = self.experiment.name[:80]
-        if trial.entrant is None:
-            return f"{name}-{trial.number:04d}"
-        who = "as-written" if trial.entrant == AS_WRITTEN else f"{trial.entrant:04d}"
-        return f"{name}-race-{who}-seed{trial.seed}"
+        return trial.run_name(self.experiment.name)
 
     def _told(self, trial: Trial) -> str:
         if trial.entrant is None:

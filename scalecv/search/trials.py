@@ -61,6 +61,13 @@ class Trial:
     seed: int | None = None
     """In the race: which of its seeds, from 0."""
 
+    def run_name(self, sweep: str) -> str:
+        """Of its run, by the name of its sweep."""
+        if self.entrant is None:
+            return f"{sweep[:80]}-{self.number:04d}"
+        who = "as-written" if self.entrant == AS_WRITTEN else f"{self.entrant:04d}"
+        return f"{sweep[:80]}-race-{who}-seed{self.seed}"
+
     @property
     def epochs(self) -> int:
         """Epochs done."""

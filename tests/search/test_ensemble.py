@@ -217,18 +217,18 @@ def test_weights_of_one_basin_make_a_soup_that_costs_one_model(shapes, trained):
     assert not torch.equal(state["layer1.0.bn1.running_mean"], first["layer1.0.bn1.running_mean"])
 
 
-def test_a_sweep_s_finished_trials_are_the_candidates(shapes, trained, tmp_path):
+def test_what_a_sweep_and_its_race_trained_to_the_end_are_the_candidates(shapes, trained, tmp_path):
     tree = _experiment({**shapes, "name": "sweep", "track.storage": str(tmp_path / "kept")}, {})
     ledger = Ledger(str(tmp_path / "kept" / "sweep"), tree)
-    for number, name in enumerate(("first", "second")):
+    for name, raced in (("first", {}), ("second", {"entrant": 0, "seed": 2})):
         run = trained({}, name)
         about = {"run_id": run.run_id, "bundle": run.bundle, "weights_hash": run.weights_hash}
-        ledger.keep(Trial(number, {}, status="finished", **about))
-    ledger.keep(Trial(2, {}, status="failed", cause="it broke"))
+        ledger.keep(Trial(0, {}, status="finished", **about, **raced))
+    ledger.keep(Trial(1, {}, status="failed", cause="it broke"))
     (tmp_path / "sweep.yaml").write_text(config.dump(tree))
     for sweep in ("sweep.yaml", "kept/sweep", str(tmp_path / "kept" / "sweep")):
         place, folder = place_of(sweep, None, "scalecv")
-        assert [one.name for one in find([], folder, place)] == ["sweep-0000", "sweep-0001"]
+        assert [one.name for one in find([], folder, place)] == ["sweep-0000", "sweep-race-0000-seed2"]
         assert (place.home, place.name) == (str(tmp_path / "kept"), "sweep-ensemble")
     found = ensemble(from_sweep="sweep.yaml", latency_ms=LATENCY_MS)
     assert [one.run_id for one in found.candidates] == [trained({}, name).run_id for name in ("first", "second")]
