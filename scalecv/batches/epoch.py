@@ -12,6 +12,7 @@ places and count nowhere (valid=False), for every number of ranks and after ever
 
 import itertools
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -33,6 +34,11 @@ if TYPE_CHECKING:
     from scalecv.batches.feed import Feed
 
 BATCHES_AHEAD = 3
+EARLY_STEPS = 6
+"""Before the end of an epoch, from which on the next one is read, so that its first batches are there in time."""
+SWITCH_S = 0.0005
+"""Most seconds that a thread waits for the interpreter while another one runs Python. With the usual 5 ms training
+waited 3 ms for each batch that lay ready."""
 
 Schedule = Iterator[tuple[int, list[int], list[int]]]
 """(step, row groups to fetch before it, row groups to drop after it)."""
@@ -67,6 +73,7 @@ class Epoch:
         self._room = threading.Condition()
         self._stop = threading.Event()
         self.decoders = Decoders(feed.pixels, feed.threads, feed.decode, feed.ranks, feed._shared, feed.open_pixels())
+        sys.setswitchinterval(min(SWITCH_S, sys.getswitchinterval()))
         self._thread = threading.Thread(target=self._produce, name=f"feed-{feed.split}-{epoch}", daemon=True)
         self._thread.start()
 
@@ -126,6 +133,8 @@ class Epoch:
                 self._ready.put((step, picks, self.decoders.start(rows, seeds)))
                 for group in drop:
                     del held[group]
+                if step == self.plan.steps - EARLY_STEPS and not feed.keeps:  # else both would change what is kept
+                    self._then()
             self._then()
         except BaseException as error:
             self._ready.put(error)
