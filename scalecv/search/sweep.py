@@ -20,6 +20,7 @@ from scalecv import runtime, storage
 from scalecv.artifacts import tracking
 from scalecv.config import Experiment, flatten
 from scalecv.errors import ConfigError, Interrupted, ScalecvError, UserError
+from scalecv.search.approval import approval
 from scalecv.search.ledger import Ledger
 from scalecv.search.race import Standing, next_heat, standing_of
 from scalecv.search.record import Record
@@ -32,7 +33,6 @@ from scalecv.search.trials import Point, Trial
 from scalecv.search.under_way import UnderWay
 from scalecv.shards.store import open_dataset
 from scalecv.train import runs
-from scalecv.train.checks import check, check_names, check_network
 from scalecv.train.job import Pause
 from scalecv.train.run import same_everywhere
 from scalecv.train.signals import stop_on_signals
@@ -44,8 +44,6 @@ DEATHS = 2
 """Processes of one segment that may die (a spot machine, a memory limit) before its trial counts as failed."""
 DRAW_S = 120.0
 WATCH_S = 0.5
-NETWORK: Any = {"model": True, "data": True, "upscale": True, "train": {"batch", "micro_batch", "exact"}}
-"""Of an experiment, what decides whether its network can be built and take the images."""
 NOTHING = 0.01
 """Share of the budget that is as good as nothing."""
 
@@ -69,20 +67,7 @@ def tune(
         )
     experiment = _alike(same_everywhere(experiment))
     dataset = open_dataset(experiment.data.uri, experiment.data.version)
-    manifest = dataset.manifest
-    built: set[str] = set()
-
-    def approve(one: Experiment) -> None:
-        from scalecv.train.network import check_builds
-
-        check(one, manifest)
-        check_names(one)
-        check_network(one, manifest)
-        network = one.model_dump_json(include=NETWORK)
-        if network not in built:
-            check_builds(one, manifest)
-            built.add(network)
-
+    approve = approval(dataset.manifest)
     if experiment.search.scheduler == "pbt":
         check_living(experiment)
     draw(experiment, 0, approve)  # a space that cannot work is told before anything is written

@@ -169,11 +169,11 @@ def _ours(trials: int) -> None:
 
     from scalecv import config
     from scalecv.search import ray_tune
+    from scalecv.search.approval import approval
     from scalecv.search.ledger import Ledger
     from scalecv.search.sweep import _alike, _Sweep
     from scalecv.shards.ingest import IngestOptions, ingest
     from scalecv.shards.store import open_dataset
-    from scalecv.train.checks import check, check_names, check_network
     from tests import make
 
     ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
@@ -185,13 +185,7 @@ def _ours(trials: int) -> None:
         tree = {"name": "sweep", "task": "classify", "data": {"uri": f"{folder}/data"}, "model": {"arch": "resnet18"}}
         search = {"trials": trials, "space": space, "finalists": 0, "rung": "1epochs", "scheduler": "none"}
         experiment = _alike(config.build({**tree, "train": {"epochs": 9}, "search": search}, "bench"))
-        manifest = open_dataset(f"{folder}/data").manifest
-
-        def approve(one: config.Experiment) -> None:
-            check(one, manifest)
-            check_names(one)
-            check_network(one, manifest)
-
+        approve = approval(open_dataset(f"{folder}/data").manifest)
         sweep = _Sweep(experiment, Ledger(f"{folder}/home", experiment), approve, lambda _: None)
         own = [0.0]
 
