@@ -175,7 +175,9 @@ def race(metric: str, found: Verdict) -> bytes:
     axes.set_yticks(range(len(found.pairs)), [entrant_name(pair.other) for pair in found.pairs], fontsize=8)
     axes.set_ylim(len(found.pairs) - 0.5, -0.5)
     best = entrant_name(found.pairs[0].better)
-    axes.set_xlabel(f"{metric}, difference to {best} and its simultaneous interval", fontsize=9)
+    axes.set_xlabel(
+        f"{metric}, difference to {best} and its simultaneous {100 * found.level:.4g} % interval", fontsize=9
+    )
     axes.set_title(f"race over {found.seeds} new seeds; red is told apart", fontsize=10, color=INK)
     plain(axes, "x")
     return png(page)

@@ -25,6 +25,8 @@ class Verdict:
     """Mean objective of each entrant of the race."""
     order: tuple[int, ...] = ()
     seeds: int = 0
+    level: float = 0.95
+    """Of the intervals, all of them together."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,13 @@ def verdict(race: Standing, metric: str, best: Trial | None, search: Search) -> 
     if not race.order:
         return Verdict("not raced: search.budget had no room for it" if best else "no trial was trained to its end")
     first = race.order[0]
-    told = Verdict("", None, race.pairs, dict(race.means), race.order, race.seeds)
+    told = Verdict("", None, race.pairs, dict(race.means), race.order, race.seeds, 1 - race.error)
     if len(race.order) < 2 or not race.pairs:
         return replace(told, sentence=f"not raced: all but {entrant_name(first)} failed")
     against = next((pair for pair in race.pairs if AS_WRITTEN in (pair.better, pair.other)), race.pairs[0])
     better, other = entrant_name(against.better), entrant_name(against.other)
     tied = [entrant_name(one) for one in race.tied if one != against.better]
-    sure = f"{100 * (1 - race.error):.4g} %"
+    sure = f"{100 * told.level:.4g} %"
     how = f"{metric}, {sure} {against.low:.4f} to {against.high:.4f}, {against.seeds} paired seeds"
     if against.is_told_apart:
         beside = f"; no difference found from {', '.join(tied)}" if tied else ""

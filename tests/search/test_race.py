@@ -148,3 +148,4 @@ def test_whoever_goes_on_after_a_verdict_is_judged_at_half_the_error(tmp_path):
     first, second = (standing([0, AS_WRITTEN], values, 3, error=error) for error in (0.05, 0.025))
     assert second.pairs[0].low < first.pairs[0].low < first.pairs[0].effect
     assert "97.5 % " in verdict(second, "val/iou", None, Search()).sentence
+    assert verdict(first, "val/iou", None, Search(finalists=0)).sentence.startswith("not raced: search.finalists=0")
