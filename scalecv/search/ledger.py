@@ -13,8 +13,8 @@ import hashlib
 import json
 import re
 import uuid
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 from scalecv import redact, storage
@@ -57,6 +57,8 @@ class Ledger:
         """The first rung, and whether it is in device-seconds; a larger budget does not move it."""
         self.trials = _all(home, "trials")
         self.race = _all(home, "race")
+        self._writer = ThreadPoolExecutor(1, "ledger")
+        self._written: dict[str, Future[None]] = {}
         self._asked = {key: getattr(experiment.search, key) for key in ("trials", "budget", "finalists", "seeds")}
         self._verdicts: list[dict[str, Any]] = (_read(storage.join(home, "verdicts.json")) or {}).get("asked", [])
 
@@ -71,12 +73,29 @@ class Ledger:
             self._verdicts.append(self._asked)
             storage.put(storage.join(self.home, "verdicts.json"), json.dumps({"asked": self._verdicts}).encode())
 
-    def keep(self, trial: Trial) -> None:
-        """Write a record, and have it in its list."""
+    def keep(self, trial: Trial, *, waits: bool = True) -> None:
+        """Have a record in its list, and write it.
+
+        Args:
+            trial: its record.
+            waits: until it is durable, as the beginning of a segment must be. What a segment ended with may be written
+                meanwhile: its run has it, too, and is asked again where the driver dies before.
+        Raises: StorageError, StorageDenied: this record, or one before it, could not be written.
+        """
         folder, records = ("trials", self.trials) if trial.entrant is None else ("race", self.race)
-        data = json.dumps(redact.clean_tree(asdict(trial))).encode()
-        storage.put(_place(self.home, folder, trial.number), data)
+        place = _place(self.home, folder, trial.number)
+        for key in [key for key, done in self._written.items() if done.done() or key == place]:
+            self._written.pop(key).result()
         records[trial.number : trial.number + 1] = [trial]
+        if waits:
+            _write(place, trial)
+        else:
+            self._written[place] = self._writer.submit(_write, place, trial)
+
+    def settle(self) -> None:
+        """Wait until every record is written. Raises: StorageError, StorageDenied: one could not be."""
+        while self._written:
+            self._written.popitem()[1].result()
 
     @property
     def device_s(self) -> float:
@@ -115,6 +134,11 @@ def _trial(home: str, folder: str, number: int) -> Trial:
         return Trial(**record | {"points": tuple(Point(**point) for point in record["points"])})
     except (KeyError, TypeError) as error:
         raise DataError(f"{where} is no record of a trial ({error}): {INSTEAD}") from None
+
+
+def _write(place: str, trial: Trial) -> None:
+    record = {**vars(trial), "points": [vars(point) for point in trial.points]}
+    storage.put(place, json.dumps(redact.clean_tree(record)).encode())
 
 
 def _place(home: str, folder: str, number: int) -> str:

@@ -21,6 +21,7 @@ class Drawn:
     """One point of the space."""
 
     overrides: dict[str, Scalar]
+    experiment: Experiment
     left_out: tuple[str, ...]
     """Why earlier draws of this trial could not be used, one line each."""
 
@@ -48,11 +49,12 @@ def draw(
         if overrides in tried:
             continue
         try:
-            approve(resolve(base, overrides))
+            made = resolve(base, overrides)
+            approve(made)
         except UserError as error:
             left_out.append(f"{told(overrides)}: {str(error).splitlines()[0]}")
             continue
-        return Drawn(overrides, tuple(dict.fromkeys(left_out)))
+        return Drawn(overrides, made, tuple(dict.fromkeys(left_out)))
     if len(left_out) < TRIES:
         return None
     raise ConfigError(f"none of {TRIES} draws of search.space can run, such as {left_out[-1]}")

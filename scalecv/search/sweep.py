@@ -28,7 +28,7 @@ from scalecv.search.report import Swept, best_trial, entrant_name, verdict
 from scalecv.search.schedule import ERROR, Plan, best_of, kept_s, leader, next_segment
 from scalecv.search.searchers import check_living, perturbed, runnable, values_of, written_keys
 from scalecv.search.segment import run_segment
-from scalecv.search.space import draw, resolve, told
+from scalecv.search.space import Drawn, draw, resolve, told
 from scalecv.search.trials import Point, Trial
 from scalecv.search.under_way import UnderWay
 from scalecv.shards.store import open_dataset
@@ -141,6 +141,7 @@ class _Sweep:
         self.stopping, self.closing, self.spent_all = threading.Event(), threading.Event(), threading.Event()
         self.lock = threading.RLock()
         self.record = Record(experiment, ledger, self.plan, tell)
+        self._drawn: Drawn | None = None
 
     def run(self, code_dirs: tuple[str, ...]) -> Swept:
         """Run until nothing is left to do."""
@@ -179,13 +180,13 @@ class _Sweep:
             ends = self.failure or self.stopping.is_set()
             try:
                 trial = None if ends else self._next_drawn()
+                if trial is None:
+                    return None if self.under_way and not ends else FINISHED
+                trial = replace(trial, status="running")
+                self.ledger.keep(trial)
             except ScalecvError as error:
                 self.failure = str(error)
                 return FINISHED
-            if trial is None:
-                return None if self.under_way and not ends else FINISHED
-            trial = replace(trial, status="running")
-            self.ledger.keep(trial)
             self.under_way.begin(tune_id, trial)
         until = None if trial.until is None else (trial.until, self.plan.in_seconds)
         return {"until": until, "experiment": json.dumps(self._of(trial).model_dump(mode="json"))}
@@ -204,10 +205,15 @@ class _Sweep:
             # What was trained under a driver that was killed counts, too.
             spent = max(spent, points[-1].device_s if points and trial.parent is None else 0.0)
             trial = replace(trial, points=points, device_s=spent, **outcome)
-            self.ledger.keep(trial)
+            try:
+                self.ledger.keep(trial, waits=False)
+            except ScalecvError as error:
+                self.failure = str(error)
             now = f"{self.metric} {points[-1].value:.4f} after epoch {trial.epochs}" if points else "no epoch has ended"
             self.record.say(f"{self._told(trial)} {trial.status}: {told(trial.overrides)}: {trial.cause or now}")
             self.record.stand()
+            if trial.status != "failed":
+                return
             failed = [one for one in self.ledger.trials if one.status == "failed"]
             ended = [one for one in self.ledger.trials if one.status != "running"]
             if len(failed) >= SAME_FAILURES and failed == ended and len({*map(self._kind, failed)}) == 1:
@@ -246,6 +252,7 @@ class _Sweep:
                 search = self.plan.search.model_copy(update={"trials": found})
                 self.plan = replace(self.plan, search=search)
                 return self._next_drawn()
+            self._drawn = drawn
             for reason in drawn.left_out:
                 self.record.say(f"left out {reason}")
             return Trial(found, drawn.overrides, until=self.plan.first(found))
@@ -270,7 +277,9 @@ class _Sweep:
         return re.sub(r"[0-9a-f]{8,}|\d+", "#", trial.cause.replace(self._name(trial), ""))
 
     def _of(self, trial: Trial) -> Experiment:
-        made = resolve(self.experiment, trial.overrides)
+        drawn = self._drawn
+        is_drawn = drawn is not None and drawn.overrides is trial.overrides
+        made = drawn.experiment if drawn is not None and is_drawn else resolve(self.experiment, trial.overrides)
         track = made.track.model_copy(update={"storage": storage.join(self.ledger.home, "runs")})
         later = 0 if trial.seed is None else 1 + trial.seed  # the race never uses the seed of the search
         return made.model_copy(update={"name": self._name(trial), "track": track, "seed": made.seed + later})
@@ -332,6 +341,7 @@ class _Sweep:
             finally:
                 ended.set()
                 watch.join()
+                self.ledger.settle()
 
     def _watch(self, ended: threading.Event) -> None:
         """Ask runs to save and stop: all where the sweep is to stop or the budget is spent, else what has no room.

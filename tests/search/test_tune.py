@@ -340,3 +340,29 @@ def test_a_record_that_is_none_is_told(shapes, tmp_path):
     (tmp_path / "home" / "sweep.json").write_text("{}")
     with pytest.raises(DataError, match=r"sweep.json is no record"):
         Ledger(home, experiment)
+
+
+def test_records_that_are_written_meanwhile_come_in_turn_and_their_failure_is_told(shapes, tmp_path):
+    from dataclasses import replace
+
+    from scalecv.errors import StorageDenied
+    from scalecv.search.ledger import Ledger
+    from scalecv.search.trials import Point, Trial
+
+    experiment, home = write(shapes, tmp_path), str(tmp_path / "home")
+    ledger = Ledger(home, experiment)
+    for status in ("paused", "running", "paused", "running", "finished"):
+        one = Trial(0, {"train.lr": 0.1}, status=status, points=(Point(1, 0.5, 2.0),))
+        ledger.keep(one, waits=status == "running")
+        ledger.keep(replace(one, number=1), waits=False)
+    ledger.settle()
+    assert Ledger(home, experiment).trials == ledger.trials == [one, replace(one, number=1)]
+    records = tmp_path / "home" / "trials"
+    records.rename(tmp_path / "away")
+    records.write_text("no folder")
+    ledger.keep(one, waits=False)
+    with pytest.raises(StorageDenied, match=r"0000\.json: Not a directory"):
+        ledger.settle()
+    ledger.keep(one, waits=False)
+    with pytest.raises(StorageDenied, match=r"0000\.json: Not a directory"):
+        ledger.keep(one)
