@@ -4,7 +4,8 @@
 
 Every global batch takes the same share from each lane, and a rank takes a fixed slice of each batch,
 so it reads only the row groups of its own lanes, whole and once, and the ids in a global batch are
-the same for any number of ranks. A dataset that fits into one window is shuffled as a whole.
+the same for any number of ranks. The first windows of an epoch are small, so that its first batch needs few row groups,
+and later each lane begins a window at a time of its own, so that reading never comes in bursts. A dataset that fits into one window is shuffled as a whole.
 The position in an epoch is the number of the step; nothing has to be replayed to get there.
 Where some rows are to be drawn more often, the sequence is one of draws: as many as rows (see strata.py).
 """
@@ -55,6 +56,7 @@ class Plan:
     strata: Strata | None = field(default=None, compare=False)
     """Which rows are drawn more often; None takes each row once."""
     _windows: dict[tuple[int, int], np.ndarray] = field(default_factory=dict, compare=False, repr=False)
+    _lane_edges: dict[int, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
     def rows(self) -> int:
@@ -100,9 +102,23 @@ class Plan:
 
     @cached_property
     def _lane_window(self) -> int:
-        """Rows of one window of one lane; a whole number of the lane's share of a batch."""
+        """Rows of one whole window of one lane; a whole number of the lane's share of a batch."""
         share = self.batch // self.lanes
         return self.rows if self._is_one_window else max(1, self.window_rows // self.lanes // share) * share
+
+    def _edges(self, lane: int) -> np.ndarray:
+        """First rows of the windows of a lane, and its end: an eighth, an eighth, a quarter, then whole ones."""
+        if lane not in self._lane_edges:
+            length = int(self._lane_starts[lane + 1] - self._lane_starts[lane])
+            edges = np.zeros(1, np.int64)
+            if not self._is_one_window:
+                share = self.batch // self.lanes
+                steps = self._lane_window // share
+                first = steps // 2 + (lane + 1) * steps // self.lanes
+                later = np.arange(first, -(-length // share), max(1, steps))
+                edges = np.unique(np.concatenate([[0, steps // 8, steps // 4, steps // 2], later])) * share
+            self._lane_edges[lane] = np.append(edges[edges < length], length)
+        return self._lane_edges[lane]
 
     def valid_rows(self, step: int) -> int:
         """Rows of a global batch that count: the whole batch but for the last steps of an epoch."""
@@ -151,8 +167,9 @@ class Plan:
             lane_first, lane_end = int(self._lane_starts[lane]), int(self._lane_starts[lane + 1])
             stop = min(end, lane_end)
             if max(first, lane_first) < stop:
-                window_end = ((stop - 1 - lane_first) // self._lane_window + 1) * self._lane_window
-                last = max(last, (min(window_end, lane_end - lane_first) - 1) // share)
+                edges = self._edges(lane)
+                window_end = int(edges[np.searchsorted(edges, stop - 1 - lane_first, side="right")])
+                last = max(last, (window_end - 1) // share)
         return last
 
     @cached_property
@@ -164,21 +181,22 @@ class Plan:
     def _shuffled(self, lane: np.ndarray, at: np.ndarray) -> np.ndarray:
         if not self.shuffle:
             return at
-        window = at // self._lane_window
-        out = np.empty_like(at)
+        window, out = np.empty_like(at), np.empty_like(at)
+        for one_lane in dict.fromkeys(lane.tolist()):
+            here = lane == one_lane
+            window[here] = np.searchsorted(self._edges(one_lane), at[here], side="right") - 1
         for one_lane, one_window in dict.fromkeys(zip(lane.tolist(), window.tolist(), strict=True)):
             here = (lane == one_lane) & (window == one_window)
-            first = one_window * self._lane_window
+            first = int(self._edges(one_lane)[one_window])
             out[here] = first + self._window(one_lane, one_window)[at[here] - first]
         return out
 
     def _window(self, lane: int, window: int) -> np.ndarray:
         if (lane, window) not in self._windows:
-            length = int(self._lane_starts[lane + 1] - self._lane_starts[lane])
-            size = min(self._lane_window, length - window * self._lane_window)
+            first, end = self._edges(lane)[window : window + 2].tolist()
             if len(self._windows) > 4 * LANES:
                 self._windows.clear()
-            self._windows[lane, window] = self._permutation(size, f"lane {lane} window {window}")
+            self._windows[lane, window] = self._permutation(end - first, f"lane {lane} window {window}")
         return self._windows[lane, window]
 
     def _permutation(self, size: int, what: str) -> np.ndarray:

@@ -94,8 +94,15 @@ def test_held_row_groups_do_not_grow_with_the_data():
 
 def test_rows_of_one_row_group_spread_over_batches():
     plan = Plan(tuple([50] * 200), 64, "key", True, 3200)
-    first = plan.picks(0)
-    assert len(set(first.group.tolist())) >= 32, "a batch draws from many row groups"
+    later = plan.picks(plan.steps // 2)
+    assert len(set(later.group.tolist())) >= 32, "a batch draws from many row groups"
+
+
+def test_the_first_batch_needs_few_row_groups_and_later_ones_bring_no_burst():
+    plan = Plan(tuple([150] * 1000), 128, "key", True, 5000)
+    fetched = [len(fetch) for _, fetch, _ in plan.reads()]
+    assert fetched[0] <= 2 * 16 < 5000 / 150
+    assert max(fetched[1:]) <= 16 and max(fetched[40:]) <= 6, "a window has 33"
 
 
 def test_filler_rows_repeat_real_ones():
@@ -122,20 +129,20 @@ def test_order_sum_adds_up_over_ranks_and_sees_a_swap():
 
 FROZEN_WHOLE = [31, 48, 12, 3, 23, 11, 33, 41, 17, 45]
 FROZEN_LANES = [
-    (19, 1),
-    (5, 8),
-    (8, 12),
-    (12, 16),
-    (16, 2),
-    (15, 6),
-    (2, 14),
+    (19, 3),
+    (5, 9),
+    (8, 13),
+    (12, 18),
+    (16, 3),
+    (15, 9),
+    (2, 13),
     (6, 0),
     (3, 5),
-    (13, 8),
-    (17, 12),
-    (7, 15),
-    (14, 1),
+    (13, 9),
+    (17, 16),
+    (7, 19),
+    (14, 5),
     (9, 9),
-    (11, 12),
-    (10, 0),
+    (11, 13),
+    (1, 19),
 ]

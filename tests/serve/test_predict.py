@@ -17,8 +17,8 @@ from torchvision.transforms.v2 import functional as F
 from scalecv import raster
 from scalecv.artifacts import bundle
 from scalecv.artifacts.bundle import Call, DataFacts, PixelFacts, UpscaleFacts
+from scalecv.artifacts.networks import behind
 from scalecv.errors import ConfigError, DataError, ScalecvError
-from scalecv.models.enlarged import Bicubic, Enlarged
 from scalecv.serve.predict import predict
 from scalecv.serve.predictor import Windows, windows_for
 from scalecv.shards.ingest import IngestOptions, ingest
@@ -50,6 +50,7 @@ def made(tmp_path, monkeypatch):
         values=(0, 1),
         sides_px=None,
         factor=1,
+        enlarged_by="bicubic",
         **norm,
     ) -> str:
         import reachnet
@@ -58,25 +59,33 @@ def made(tmp_path, monkeypatch):
         outputs = 1 if task == "segment" and len(classes) == 2 else len(classes)
         args = {"pooled": True} if task == "classify" else {}
         net = reachnet.build(bands, outputs, **args)
-        stage = UpscaleFacts(method="bicubic", factor=factor) if factor > 1 else None
-        whole = Enlarged(net, Bicubic(factor), factor) if stage else net
-        call = {"arch": "reachnet:build", "encoder": "", "in_channels": bands, "outputs": outputs, "args": args}
-        pixels = {"bands": None, "color": "native", "channels": bands, "source_dtype": dtype, "size_px": size_px}
+        how = {"stem": "default", "norm": "group"}
+        call = Call(arch="reachnet:build", encoder="", in_channels=bands, outputs=outputs, args=args, **how)
+        taken = {"bands": None, "color": "native", "channels": bands, "source_dtype": dtype, "size_px": size_px}
+        pixels = PixelFacts(
+            **taken,
+            dtype=dtype if dtype in ("uint8", "int16") else "float32",
+            resize="stretch",
+            sides_px=sides_px,
+            mean=(norm.get("mean", 120.0),) * bands,
+            std=(norm.get("std", 60.0),) * bands,
+            mask_values=values if task == "segment" else (),
+        )
+        its = {}
+        if enlarged_by == "sr":
+            espcn = Call(arch="espcn", encoder="", in_channels=bands, outputs=bands, args={"width": 8}, **how)
+            its = {"call": espcn, "pixels": pixels, "weights_hash": "its own"}
+        stage = UpscaleFacts(method=enlarged_by, factor=factor, **its) if factor > 1 else None
+        whole = behind(stage, pixels, net) if stage else net
+        if its:
+            torch.nn.init.normal_(whole.enlarge.network.last.weight)
         parts = bundle.parts(
             whole.state_dict(),
             name="reach",
             task=task,
             upscale=stage,
-            call=Call(**call, stem="default", norm="group"),
-            pixels=PixelFacts(
-                **pixels,
-                dtype=dtype if dtype in ("uint8", "int16") else "float32",
-                resize="stretch",
-                sides_px=sides_px,
-                mean=(norm.get("mean", 120.0),) * bands,
-                std=(norm.get("std", 60.0),) * bands,
-                mask_values=values if task == "segment" else (),
-            ),
+            call=call,
+            pixels=pixels,
             classes=classes,
             data=DataFacts(uri="x", version=0, fingerprint="x"),
         )
@@ -151,14 +160,13 @@ def test_a_scene_is_seen_at_the_scale_of_the_tiles_of_training(made, tmp_path):
     assert gap.max() > 0.05, "at the scale of the file something else is found, so the comparison can fail"
 
 
-@pytest.mark.parametrize("factor", [2, 4])
-def test_a_scene_behind_the_stage_is_that_of_one_pass_at_its_own_size(made, tmp_path, factor):
+@pytest.mark.parametrize(("method", "factor"), [("bicubic", 2), ("bicubic", 4), ("sr", 2), ("sr", 4)])
+def test_a_scene_behind_the_stage_is_that_of_one_pass_at_its_own_size(made, tmp_path, method, factor):
     image, _ = scene(0, 192, 160)
     data = raster.encode(image, None, wkt(), place(0, 0))
     write(tmp_path / "s", "a.tif", data)
-    model = made(
-        "segment", 4, "uint16", ("ground", "roof", "water"), values=(0, 5, 9), factor=factor, mean=2e3, std=1.5e3
-    )
+    about = {"factor": factor, "enlarged_by": method, "mean": 2e3, "std": 1.5e3}
+    model = made("segment", 4, "uint16", ("ground", "roof", "water"), values=(0, 5, 9), **about)
     one = run(model, tmp_path / "s", tmp_path / "one", tile=256, probability="float32")
     many = run(model, tmp_path / "s", tmp_path / "many", tile=96, overlap=32, batch=2, probability="float32")
     assert one.rows == many.rows == 1
