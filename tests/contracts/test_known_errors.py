@@ -7,11 +7,15 @@ Elsewhere:
 - a fourth band that silently gets red's weights: tests/models/test_bands.py
 - statistics of a batch of one: tests/models/test_norms.py
 - a subset of a class-sorted source that holds two classes: tests/batches/test_sampling.py
-- bands that are only cast, or nodata that counts: tests/batches/test_radiometry.py, tests/metrics/test_confusion.py
+- bands that are only cast, or nodata that counts: tests/batches/test_pixels.py, test_radiometry.py,
+  tests/metrics/test_confusion.py
 - neighbouring tiles in two splits: tests/train/test_leaks.py, tests/shards/test_ingest_scenes.py; frames of one object:
   tests/shards/test_plan.py
 - scores at two and four times the side compared with native ones: tests/train/test_upscale.py
-- decoding that waits for the step, and the step for decoding: tests/batches/test_feed.py
+- decoding that waits for the step, and a step's wait that nobody counts: tests/batches/test_feed.py
+- images that are compressed twice: tests/shards/test_store.py
+- small images that lose their pixels in the stem, the first passes of a network in its time: tests/models/test_build.py
+- ranks that each learn alone: tests/e2e/test_workers.py; rows that two of them see: tests/batches/test_plan.py
 - memory that is guessed, not measured: tests/train/test_micro_batch.py
 """
 
@@ -29,7 +33,9 @@ from scalecv.errors import ConfigError, ScalecvError
 from scalecv.models import build_model, losses
 from scalecv.tasks import TASKS
 from scalecv.train import checkpoint, runs
+from scalecv.train.job import Job, Place
 from scalecv.train.run import train
+from scalecv.train.worker import work
 from tests.small import write_net
 from tests.train import ranks
 
@@ -37,6 +43,19 @@ PIXELS = """
 from torch import nn
 def build(in_channels, outputs):
     return nn.Sequential(nn.Conv2d(in_channels, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, outputs, 1))
+"""
+
+
+SEEING = """
+from torch import nn
+class Seeing(nn.Sequential):
+    def forward(self, x):
+        with open("images", "a") as file:
+            for image in x:
+                print(self.training, float(image.double().sum()), file=file)
+        return super().forward(x)
+def build(in_channels, outputs):
+    return Seeing(nn.Conv2d(in_channels, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, outputs, 1))
 """
 
 
@@ -68,6 +87,22 @@ def test_a_loss_scaler_made_anew_each_step(shapes, monkeypatch):
     assert len(made) == 1
     kept = checkpoint.complete(result.run_uri)[0][-1]
     assert "scaler" in json.loads(storage.get(storage.join(kept.uri, checkpoint.STATE)))
+
+
+def test_gradients_that_pile_up_and_validation_that_is_learnt(fields, tmp_path, monkeypatch):
+    """The same rows at weights that stand still have the same gradient in each step; no row of val is among them."""
+    (tmp_path / "seeing.py").write_text(SEEING)
+    monkeypatch.syspath_prepend(tmp_path)
+    still = {"train__lr": 1e-12, "train__batch": 18, "train__epochs": 3, "track__log_every": 1, "track__pictures": 0}
+    experiment = fields(model__arch="seeing:build", name="still", **still)
+    run, events = runs.open_run(experiment, lambda _: None), []
+    work(Job(experiment, run.dataset.version, run.uri, "threads"), Place(), events.extend)
+    points = [event["metrics"] for event in events if event["kind"] == "metrics"]
+    norms = [point["train/grad_norm"] for point in points if "train/grad_norm" in point]
+    assert norms == pytest.approx([norms[0]] * 3, rel=1e-3) and norms[0] > 0
+    seen = {tuple(line.split()) for line in Path("images").read_text().splitlines()}
+    learnt, scored = ({image for training, image in seen if training == kind} for kind in ("True", "False"))
+    assert len(learnt) == 18 and len(scored) >= 6 and not learnt & scored
 
 
 @pytest.mark.parametrize("arch", ["unet", "fpn", "deeplabv3plus"])

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 from scalecv.errors import ConfigError
 from scalecv.models import MODELS, build_model, check_arch, required_multiple, task_of
-from scalecv.models.facts import model_facts
+from scalecv.models.facts import latency_ms, model_facts
 from scalecv.models.library import check_imagenet
 
 
@@ -164,6 +165,31 @@ def test_facts_of_a_network_worked_by_hand():
     assert facts["flops"] == 2 * (3 * 4 * 9 * 64 + 4 * 64 * 2)
     assert facts["size_mb"] == pytest.approx((4 * (facts["parameters"] + 8) + 8) / 1e6)
     assert model.training and model[1].num_batches_tracked == 0
+
+
+def test_a_small_stem_sees_small_images_at_their_size_and_enlarging_them_is_told_as_cost():
+    sides = []
+    for stem in ("small", "default"):
+        model = build_model("resnet10", in_channels=3, outputs=10, stem=stem, args={"width": 8})
+        model.layer1.register_forward_hook(lambda _, given, __: sides.append(given[0].shape[-1]))
+        model.eval()(torch.zeros(1, 3, 32, 32))
+    assert sides == [32, 8]
+    native, enlarged = (model_facts(model, (3, side, side))["flops"] for side in (32, 224))
+    assert enlarged / native == pytest.approx(49, rel=0.01), "as many times the pixels"
+
+
+def test_the_time_of_an_image_is_that_of_one_alone_after_the_first_passes():
+    shapes = []
+
+    class Slow(nn.Module):
+        def forward(self, x):
+            shapes.append(tuple(x.shape))
+            time.sleep(0.2 if len(shapes) <= 2 else 0.01)
+            return x
+
+    p50, p95 = latency_ms(Slow(), (3, 8, 8))
+    assert 10 <= p50 <= p95 < 150
+    assert set(shapes) == {(1, 3, 8, 8)}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ import random
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from scalecv.errors import DataError, IntegrityError
@@ -35,6 +36,18 @@ def test_row_groups_hold_every_row_as_it_came(dataset):
     assert len({row["id"] for row in rows}) == 36
     shard = dataset.manifest.shards[0]
     assert len(shard.row_groups) == 3 and sum(shard.row_groups) == shard.rows
+
+
+def test_encoded_images_lie_in_a_shard_as_they_are_and_facts_are_compressed(dataset):
+    """What is compressed already is not compressed again, so a range of the shard is a row group's images."""
+    shard = dataset.manifest.shards[0]
+    data = (Path(dataset.uri) / shard.path).read_bytes()
+    for number, (start, end) in enumerate(shard.byte_ranges):
+        for image in read_row_group(dataset.uri, shard, number)["image"].to_pylist():
+            assert image["bytes"] in data[start:end]
+    group = pq.read_metadata(pa.BufferReader(data)).row_group(0)
+    used = {column.path_in_schema: column.compression for column in map(group.column, range(group.num_columns))}
+    assert {name for name, kind in used.items() if kind != "ZSTD"} == {"image.bytes", "mask.bytes"}
 
 
 def test_columns_can_be_read_alone(dataset):
