@@ -87,7 +87,7 @@ def test_batches_are_decoded_beside_the_step_that_takes_the_one_before(whole, de
 def test_waiting_for_a_batch_is_counted_and_the_step_itself_is_not(whole, decoders):  # noqa: F811
     _, longer_s = decoders
     one = feed(open_dataset(whole))
-    for image_s, step_s, least, most in ((0.004, 0.0, 0.8, 1.01), (0.0, 0.05, 0.0, 0.5)):
+    for image_s, step_s, least, most in ((0.004, 0.0, 0.6, 1.01), (0.0, 0.05, 0.0, 0.8)):
         longer_s[0] = image_s
         epoch = one.epoch(0)
         batches = iter(epoch)
