@@ -5,7 +5,8 @@
 Every global batch takes the same share from each lane, and a rank takes a fixed slice of each batch,
 so it reads only the row groups of its own lanes, whole and once, and the ids in a global batch are
 the same for any number of ranks. The first windows of an epoch are small, so that its first batch needs few row groups,
-and later each lane begins a window at a time of its own, so that reading never comes in bursts. A dataset that fits into one window is shuffled as a whole.
+and later each lane begins a window at a time of its own, so that reading never comes in bursts.
+A dataset that fits into one window is shuffled as a whole.
 The position in an epoch is the number of the step; nothing has to be replayed to get there.
 Where some rows are to be drawn more often, the sequence is one of draws: as many as rows (see strata.py).
 """

@@ -100,10 +100,12 @@ class Record:
         return where
 
     def end(self, status: str) -> None:
-        """Close the run in MLflow, and say so if something of it still waits."""
+        """Close the run in MLflow, send what trials could not, and say so if something still waits."""
         self._append({"kind": "end", "status": status})
         if not self._sender.close(self._patience_s):
             self.say(self._sender.waiting())
+        elif storage.is_local(self.ledger.home):  # it is there now, and may have been away while a trial ended
+            tracking.sync(self.ledger.home, self._patience_s, self.uri)
 
     def _introduce(self) -> None:
         space = {

@@ -254,7 +254,7 @@ def test_the_same_failure_in_every_trial_ends_the_sweep(shapes, tmp_path):
 
 @pytest.mark.chaos
 @pytest.mark.timeout(1200)
-def test_a_sweep_goes_on_while_mlflow_is_away_and_its_record_is_sent_later(shapes, tmp_path):
+def test_a_sweep_goes_on_while_mlflow_is_away_and_the_same_command_sends_its_record_later(shapes, tmp_path):
     server = MlflowServer(tmp_path / "mlflow")
     server.start()
     try:
@@ -267,9 +267,11 @@ def test_a_sweep_goes_on_while_mlflow_is_away_and_its_record_is_sent_later(shape
         assert job.returncode == 0 and {one["status"] for one in told["trials"]} == {"finished"}, said
         assert "scalecv sync" in said and "Traceback" not in said
         server.start()
+        again, _ = command(tmp_path, f"track.uri={server.uri}").communicate(timeout=300)
+        assert json.loads(again)["trials"] == told["trials"]
         words = [str(Path(sys.executable).with_name("scalecv")), "sync", str(tmp_path / "runs"), "--uri", server.uri]
-        sent = subprocess.run(words, capture_output=True, text=True, timeout=300)
-        assert sent.returncode == 0, sent.stderr
+        sent = subprocess.run([*words, "--json"], capture_output=True, text=True, timeout=300)
+        assert sent.returncode == 0 and json.loads(sent.stdout) == {"sent": 0, "waiting": 0}, sent.stderr
         runs = of_mlflow(server.uri)
         parent = runs.pop("sweep")
         assert set(runs) == {f"sweep-{number:04d}" for number in range(4)}
