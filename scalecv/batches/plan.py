@@ -117,7 +117,8 @@ class Plan:
                 steps = self._lane_window // share
                 first = steps // 2 + (lane + 1) * steps // self.lanes
                 later = np.arange(first, -(-length // share), max(1, steps))
-                edges = np.unique(np.concatenate([[0, steps // 8, steps // 4, steps // 2], later])) * share
+                begin = np.array(sorted({0, steps // 8, steps // 4, steps // 2}))  # np.unique would import numpy.ma
+                edges = np.concatenate([begin, later[later > begin[-1]]]) * share
             self._lane_edges[lane] = np.append(edges[edges < length], length)
         return self._lane_edges[lane]
 

@@ -25,7 +25,8 @@ from scalecv.shards.manifest import Shard
 from scalecv.shards.store import Dataset, read_row_group
 
 START_BYTES = 64 << 20
-"""Read ahead before anything is measured: the first window needs many row groups at once."""
+"""Of a bucket, read ahead before anything is measured: the first batch needs many row groups at once. A local disk
+answers at once, and what it brings too early takes the CPUs from the first batch: LEAST_BYTES."""
 LEAST_BYTES, MOST_BYTES = 16 << 20, 128 << 20
 JOINED_BYTES = 9_000_000
 """Two row groups of 4 MiB, each with the end of its last image, fit in."""
@@ -55,8 +56,8 @@ class _Wanted:
 class Pace:
     """How many bytes may be under way or ready: twice what Little's law asks for, within bounds."""
 
-    def __init__(self) -> None:
-        self.ahead_bytes = START_BYTES
+    def __init__(self, start_bytes: int = START_BYTES) -> None:
+        self.ahead_bytes = start_bytes
         self._request_s = 0.0
         self._bytes_per_s = 0.0
         self._taken: deque[tuple[float, int]] = deque(maxlen=16)
@@ -68,7 +69,7 @@ class Pace:
             self._request_s = 0.8 * self._request_s + 0.2 * seconds if self._request_s else seconds
 
     def took(self, size_bytes: int, now: float) -> None:
-        """A table was taken. The rate is that of bursts: a window begins with many row groups at once."""
+        """A table was taken. The rate is that of bursts: an epoch begins with many row groups at once."""
         self._taken.append((now, size_bytes))
         if len(self._taken) == self._taken.maxlen:
             seconds = max(1e-6, now - self._taken[0][0])
@@ -111,7 +112,7 @@ class _Ahead:
         queue: deque[_Wanted],
         pool: ThreadPoolExecutor,
     ) -> None:
-        self.pace = Pace()
+        self.pace = Pace(LEAST_BYTES if storage.is_local(dataset.uri) else START_BYTES)
         self.held_bytes = 0
         """Of row groups that are under way, ready, or in the consumer's hands."""
         self._dataset, self._groups, self._wanted, self._queue, self._pool = dataset, groups, wanted, queue, pool

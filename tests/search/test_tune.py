@@ -100,6 +100,7 @@ def wait_for_a_checkpoint(job, folder, before):
 
 
 @pytest.mark.chaos
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_driver_that_ends_early_loses_and_repeats_nothing(shapes, tmp_path, how):
     write(shapes, tmp_path, scheduler="none")
