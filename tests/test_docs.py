@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "cluster/README.md"])
@@ -54,6 +55,15 @@ def verbs() -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     walk(typer.main.get_command(app), "")
     return found | {"bench": found["bench parts"]}
+
+
+def ingest_of(path: Path) -> list[str]:
+    """The command that makes an experiment's data, as its head says it; empty where another file does."""
+    heads = "\n".join(line for line in path.read_text().splitlines() if line.startswith("#"))
+    return next((words for words in commands(heads) if words[0] == "ingest"), [])
+
+
+EXPERIMENTS = [path for path in sorted((ROOT / "experiments").glob("*.yaml")) if ingest_of(path)]
 
 
 @pytest.fixture(scope="module")
@@ -184,3 +194,15 @@ def test_python_versions_are_those_of_the_project():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["requires-python"] == ">=3.11,<3.14"
     assert "Python 3.11 to 3.13" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=doc_id)
+def test_the_command_that_makes_the_data_of_an_experiment_lacks_but_the_images(path, tmp_path, monkeypatch):
+    from scalecv import config
+    from scalecv.cli.main import app
+
+    monkeypatch.chdir(tmp_path)
+    words = ingest_of(path)
+    source, said = tmp_path / words[1], str(CliRunner().invoke(app, words).exception)
+    assert said.startswith((f"{source} holds nothing", f"no folder at {source}")), words
+    assert words[words.index("--to") + 1] == config.load(str(path)).data.uri
