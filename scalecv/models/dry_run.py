@@ -9,9 +9,15 @@ from torch.func import functional_call
 from scalecv.errors import ConfigError
 from scalecv.models.norms import alone
 
-LARGE_PX, SOME_IMAGES = 256, 2
-"""Images of this side, this many at a time, are large enough for every network by name: nothing is tried then."""
 ONE_VALUE = "Expected more than 1 value per channel"
+OTHER_SIZE = (
+    "must match",
+    "Attempting to broadcast",
+    "divisible",
+    "doesn't match model",
+    "multiple of",
+    "Expected size",
+)
 TOO_SMALL = ("Output size is too small", "Kernel size can't be greater than actual input size", "must be non-zero")
 
 
@@ -22,17 +28,16 @@ def check_fits(model: nn.Module, shape: Sequence[int], arch: str) -> None:
         model: in training mode.
         shape: of one micro-batch, B, C, H, W.
         arch: its name, for the error.
-    Raises: ConfigError: a layer would normalise single values, or the image vanishes on its way.
+    Raises: ConfigError: a layer would normalise single values, the image vanishes on its way, or has another size than
+        the network takes.
     """
     images, _, height, width = shape
-    if images >= SOME_IMAGES and min(height, width) >= LARGE_PX:
-        return
     every = [*model.named_parameters(), *model.named_buffers()]
     hollow = {name: torch.empty_like(tensor, device="meta") for name, tensor in every}
     try:
         with torch.no_grad(), alone(model):
             functional_call(model, hollow, (torch.empty(tuple(shape), device="meta"),))
-    except (RuntimeError, ValueError, NotImplementedError, TypeError) as error:
+    except (RuntimeError, ValueError, NotImplementedError, TypeError, AssertionError) as error:
         said = str(error)
         if ONE_VALUE in said:
             raise ConfigError(
@@ -44,5 +49,11 @@ def check_fits(model: nn.Module, shape: Sequence[int], arch: str) -> None:
             raise ConfigError(
                 f"images of {width}x{height} pixels vanish on their way through model.arch={arch} "
                 f"({said.splitlines()[0][:120]}): set data.size_px to twice their side or more, or take another network"
+            ) from None
+        if any(words in said for words in OTHER_SIZE):
+            raise ConfigError(
+                f"images of {width}x{height} pixels have no size that model.arch={arch} takes "
+                f"({said.splitlines()[0][:120]}): set data.size_px to a multiple of 32, or for an encoder that is made "
+                f"for one size, as swin and maxvit are, model.args={{img_size: {width}}}"
             ) from None
         # Anything else may be due to tensors without storage; if not, the first step says it.

@@ -26,11 +26,13 @@ ARCHITECTURES = {
     "pan": 16,
     "upernet": 32,
     "segformer": 32,
-    "dpt": 16,
+    "dpt": 32,
 }
 DILATED = ("deeplabv3", "deeplabv3plus", "pan")
 """Those whose encoder must keep its last stages large, by dilated convolutions in place of strides."""
-DILATION = re.compile("dilat|output_stride|stride", re.IGNORECASE)
+DILATION = re.compile("dilat|output_stride|stride|built: AssertionError", re.IGNORECASE)
+ONE_SIZE = ("tu-vit_", "tu-deit", "tu-flexivit")
+"""Encoders whose features all have one size; dpt takes them, the others do not."""
 NO_MIT = ("linknet", "unetplusplus", "unetpp")
 
 
@@ -53,7 +55,7 @@ def segmenter(arch: str, *, in_channels: int, outputs: int, encoder: str, args: 
 
     check_args(arch, args)
     check_encoder(encoder)
-    _check_pair(arch, encoder)
+    check_pair(arch, encoder)
     given = {"dynamic_img_size": True, **args} if arch == "dpt" else args
     what = f"{arch} with encoder {encoder}"
     try:
@@ -79,11 +81,14 @@ def segmenter(arch: str, *, in_channels: int, outputs: int, encoder: str, args: 
     return model
 
 
-def _check_pair(arch: str, encoder: str) -> None:
+def check_pair(arch: str, encoder: str) -> None:
     """Raises: ConfigError: an encoder that an architecture cannot have, as its name tells."""
-    if arch == "dpt" and not encoder.startswith("tu-vit"):
-        raise ConfigError(f"model.arch=dpt needs a tu-vit… encoder, not {encoder}: try tu-vit_tiny_patch16_224")
-    if arch != "dpt" and encoder.startswith("tu-vit_"):
+    if arch == "dpt" and (not encoder.startswith(("tu-vit", *ONE_SIZE)) or "patch14" in encoder):
+        raise ConfigError(
+            f"model.arch=dpt needs a tu-vit…, tu-deit… or tu-flexivit… encoder with patches of 8, 16 or 32 pixels, not "
+            f"{encoder}: try tu-vit_tiny_patch16_224"
+        )
+    if arch != "dpt" and encoder.startswith(ONE_SIZE):
         raise ConfigError(
             f"model.arch={arch} needs features of several sizes, and {encoder} has one: take model.arch=dpt, or an "
             "encoder such as resnet18, tu-convnext_tiny"
@@ -97,7 +102,8 @@ def _check_pair(arch: str, encoder: str) -> None:
 
 def _check_size(model: nn.Module, what: str, args: Mapping[str, Any], in_channels: int) -> None:
     """Raises: ConfigError: arguments with which the logits have another size than the image."""
-    training, side = model.training, 128
+    made_for = args.get("img_size")  # some encoders take images of one size alone
+    training, side = model.training, made_for if isinstance(made_for, int) else 128
     with torch.no_grad():
         found = model.eval()(torch.zeros(1, in_channels, side, side)).shape[-1]
     model.train(training)
@@ -128,18 +134,14 @@ def check_encoder(encoder: str) -> None:
 
 
 def required_multiple(arch: str, encoder: str, args: Mapping[str, Any] | None = None) -> int:
-    """Pixels of which the side of an image must be a multiple; 1 where any size fits.
-
-    Raises: ConfigError: a dpt encoder whose name does not tell its patch size.
-    """
+    """Pixels of which the side of an image must be a multiple; 1 where any size fits."""
     args = args or {}
     multiple = ARCHITECTURES[arch]
     if arch == "unet":
-        return 1
+        return 32 if encoder.startswith("tu-hrnet") else 1  # that joins its own branches, too
+    if arch == "dpt":
+        return multiple
     if arch in DILATED:
         multiple = int(args.get("encoder_output_stride", multiple))
-    elif arch == "dpt":
-        patch = encoder.partition("patch")[2].partition("_")[0]
-        return int(patch) if patch.isdigit() else multiple
     depth = args.get("encoder_depth")
     return min(multiple, 2**depth) if isinstance(depth, int) else multiple

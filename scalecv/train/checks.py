@@ -110,6 +110,11 @@ def check_network(experiment: Experiment, manifest: Manifest) -> None:
         check_imagenet(experiment.model.arch, experiment.model.encoder)
     TASKS[experiment.task].check(experiment.loss, len(manifest.classes))
     model, size = experiment.model, experiment.data.size_px
+    if experiment.task == "segment" and ":" not in model.arch:
+        from scalecv.models.segmenters import check_encoder, check_pair
+
+        check_encoder(model.encoder)
+        check_pair(model.arch, model.encoder)
     sides = (size, size) if size else manifest.sizes_px[:2]
     wrong = misfit(experiment.task, model.arch, model.encoder, model.args, sides, experiment.upscale.factor)
     if wrong is not None:
@@ -212,7 +217,9 @@ def _batch(experiment: Experiment, manifest: Manifest) -> None:
     train = experiment.train
     share = train.batch // max(1, experiment.scale.workers)
     micro = train.micro_batch if isinstance(train.micro_batch, int) else share
-    if micro == 1 and experiment.model.norm == "batch":
+    is_alone = experiment.model.norm == "sync" and experiment.scale.workers <= 1
+    # The networks of task=upscale normalise nothing.
+    if micro == 1 and (experiment.model.norm == "batch" or is_alone) and experiment.task != "upscale":
         raise ConfigError(
             f"train.batch={train.batch} gives each worker one image at a time, and batch normalisation needs two: "
             "set model.norm=group or frozen, or a larger train.batch or train.micro_batch"

@@ -272,8 +272,10 @@ def _run_workers(
     with ray_workers.start_workers(workers, scale, use_gpu=use_gpu, code_dirs=code_dirs) as early:
         with runtime.fast_imports():
             from scalecv.train import ray_run
+            from scalecv.train.network import check_builds
 
             check_network(experiment, manifest)
+            check_builds(experiment, manifest)
         runs.check_shared(run.uri, runtime.nodes())
         job = Job(experiment, run.dataset.version, run.uri, reader, run.weights, until=until)
         ray_run.run(job, allowed, path, early, use_gpu=use_gpu, code_dirs=code_dirs)

@@ -67,20 +67,23 @@ def test_logits_of_aux_networks_are_plain_tensors():
         ("pspnet", {}, "resnet18", 8),
         ("deeplabv3plus", {}, "resnet18", 16),
         ("deeplabv3plus", {"encoder_output_stride": 8}, "resnet18", 8),
-        ("dpt", {}, "tu-vit_base_patch8_224", 8),
+        ("dpt", {}, "tu-vit_small_patch8_224", 32),
+        ("dpt", {}, "tu-vit_tiny_patch16_224", 32),
+        ("dpt", {}, "tu-deit_tiny_patch16_224", 32),
+        ("unet", {}, "tu-hrnet_w18_small", 32),
+        ("unet", {}, "efficientnet-b7", 1),
+        ("unet", {"img_size": 96}, "tu-swin_tiny_patch4_window7_224", 1),
     ],
 )
 def test_required_multiple_is_the_one_the_network_has(arch, args, encoder, multiple):
     assert required_multiple(arch, encoder, args) == multiple
-    if arch == "dpt":
-        return
     model = build_model(arch, in_channels=3, outputs=1, encoder=encoder, args=args).eval()
     with torch.no_grad():
-        side = 64 + multiple
+        side = args.get("img_size", 64 + multiple)
         assert model(torch.randn(1, 3, side, side)).shape[-2:] == (side, side)
         if multiple > 1:
-            with pytest.raises(RuntimeError, match="divisible"):
-                model(torch.randn(1, 3, side - 1, side))
+            with pytest.raises(RuntimeError, match=r"divisible|must match"):
+                model(torch.randn(1, 3, side - min(multiple // 2, 16), side))
 
 
 @pytest.mark.parametrize(
@@ -100,6 +103,9 @@ def test_required_multiple_is_the_one_the_network_has(arch, args, encoder, multi
         ("timm/resnet18", {"args": {"checkpoint_path": "x.pth"}}, "checkpoint_path"),
         ("resnet10", {"args": {"width": "wide"}}, "takes width alone"),
         ("dpt", {}, "needs a tu-vit"),
+        ("dpt", {"encoder": "tu-vit_small_patch14_dinov2"}, "patches of 8, 16 or 32 pixels"),
+        ("fpn", {"encoder": "tu-deit_tiny_patch16_224"}, "take model.arch=dpt"),
+        ("pan", {"encoder": "tu-hrnet_w18_small"}, "needs an encoder with dilated convolutions"),
         ("fpn", {"args": {"encoder_depth": 4}}, "2 times the size of the image"),
         ("deeplabv3", {"encoder": "vgg11"}, "needs an encoder with dilated convolutions.*take resnet"),
         ("pan", {"encoder": "densenet121"}, "needs an encoder with dilated convolutions"),

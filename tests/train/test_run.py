@@ -339,6 +339,7 @@ def test_nan_stops_before_the_update(shapes):
         ({"data__color": "gray", "data__bands": [2]}, ConfigError, ["data.bands=[2]"]),
         ({"model__arch": "resnet19"}, ConfigError, ["resnet19", "resnet18"]),
         ({"train__batch": 1, "model__norm": "batch"}, ConfigError, ["one image at a time", "model.norm=group"]),
+        ({"train__batch": 1, "model__norm": "sync"}, ConfigError, ["one image at a time", "model.norm=group"]),
         ({"loss__bce": 1.0}, ConfigError, ["bce"]),
         ({"train__exact": True}, ConfigError, ["model.norm=batch", "group or frozen"]),
         ({"train__exact": True, "model__norm": "group", "train__batch": 18}, ConfigError, ["train.batch=18"]),
