@@ -16,7 +16,8 @@ from scalecv.train.run import train
 
 pytestmark = [pytest.mark.e2e, pytest.mark.chaos, pytest.mark.timeout(3000)]
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
-FIVE = ("unet", "unetplusplus", "pspnet", "fpn", "deeplabv3plus")
+FIVE = {"unet": "batch", "unetplusplus": "batch", "pspnet": "group", "fpn": "group", "deeplabv3plus": "group"}
+"""With the normalisation that carries each to another place (docs/experiments.md)."""
 SEEDS = (0, 1, 2)
 
 
@@ -75,10 +76,10 @@ def threshold_iou(folder):
 def test_panels_of_another_place_are_found_better_than_by_colour(shared_data, tmp_path, arch):
     folder = shared_data("pv4band")
     data = ingested(folder, tmp_path / "pv", test="other_place")
-    metrics = run("pv_unet.yaml", tmp_path, data__uri=data, model__arch=arch)
+    metrics = run("pv_unet.yaml", tmp_path, data__uri=data, model__arch=arch, model__norm=FIVE[arch])
     to_beat = threshold_iou(folder)
     print(f"{arch} {metrics['test/iou']:.4f}, by colour {to_beat:.4f}")
-    assert metrics["test/iou"] > to_beat > metrics["test/trivial_iou"] == 0
+    assert metrics["test/iou"] > 2 * to_beat > metrics["test/trivial_iou"] == 0
 
 
 def test_water_is_found_as_well_as_by_a_plain_script(shared_data, tmp_path):
