@@ -36,6 +36,8 @@ class Spec(Frozen):
             ends = getattr(self, way)
             if ends is not None and not ends[0] < ends[1]:
                 raise ValueError(f"{way} needs a smaller number before a larger one, found {list(ends)}")
+        if self.int is not None and max(map(abs, self.int)) >= 1 << 63:
+            raise ValueError(f"int needs numbers of 64 bits, found {list(self.int)}")
         if self.loguniform is not None and self.loguniform[0] <= 0:
             raise ValueError(f"loguniform needs numbers above 0, found {list(self.loguniform)}")
         return self
@@ -127,7 +129,13 @@ class Search(Frozen):
                 raise ValueError(f"space.{key} does not change what is learned: leave it out of the space")
             if key in ("seed", "train.metric", "train.epochs", "data.uri", "data.version", "data.get"):
                 raise ValueError(f"space.{key} would make trials that cannot be compared: leave it out of the space")
+            if spec.simplex is not None and len({*spec.simplex}) < len(spec.simplex):
+                raise ValueError(f"space.{key}: simplex names a term twice: {', '.join(spec.simplex)}")
+            if any(f"{mixed}.{term}" == key for mixed, one in self.space.items() for term in one.simplex or ()):
+                raise ValueError(f"space.{key} is a term of the simplex, which weighs it: leave one of the two out")
             for other in spec.when:
+                if not spec.when[other]:
+                    raise ValueError(f"space.{key}: when {other} has no value: name those with which the key is set")
                 before = list(self.space)[: list(self.space).index(key)]
                 choices = self.space[other].choice if other in self.space else None
                 unknown = [value for value in spec.when[other] if choices is not None and value not in choices]

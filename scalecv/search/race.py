@@ -78,7 +78,10 @@ def next_heat(plan: Plan, trials: Sequence[Trial], race: Sequence[Trial], left_s
 
 
 def standing_of(plan: Plan, trials: Sequence[Trial], race: Sequence[Trial], left_s: float) -> Standing:
-    """How the race of a sweep stands. No seed begins that what is left of the budget cannot pay for all entrants."""
+    """How the race of a sweep stands. No seed begins that what is left of the budget cannot pay for all entrants.
+
+    Where nothing is left in the middle of a seed, the whole ones before it are judged.
+    """
     values: dict[int, dict[int, float]] = {}
     for one in race:
         if one.entrant is not None and one.seed is not None and one.status in ("finished", "failed"):
@@ -91,7 +94,7 @@ def standing_of(plan: Plan, trials: Sequence[Trial], race: Sequence[Trial], left
     is_begun = any(one.seed == next_seed and one.entrant in entrants for one in race)
     took = {one.entrant: one.device_s for one in race if one.status == "finished"}
     price = sum(took.get(entrant, 0.0) for entrant, _ in found.needs)
-    if next_seed >= FIRST_LOOK and not is_begun and price > left_s:
+    if next_seed >= FIRST_LOOK and (left_s <= 0 or (not is_begun and price > left_s)):
         return standing(*how, ends_after=next_seed)
     return found
 

@@ -77,6 +77,8 @@ def perturbed(base: Experiment, child: Trial) -> dict[str, Scalar]:
         if not is_living(key):
             continue
         if spec.simplex is not None:
+            if f"{key}.{spec.simplex[0]}" not in out:
+                continue
             shares = [_number(out[f"{key}.{term}"]) * rng.choice(CHANGE) for term in spec.simplex]
             out.update(mixture(key, spec.simplex, shares))
         elif key in out and spec.choice is not None:

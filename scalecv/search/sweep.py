@@ -215,9 +215,14 @@ class _Sweep:
             if trial.status != "failed":
                 return
             failed = [one for one in self.ledger.trials if one.status == "failed"]
-            ended = [one for one in self.ledger.trials if one.status != "running"]
-            if len(failed) >= SAME_FAILURES and failed == ended and len({*map(self._kind, failed)}) == 1:
-                self.failure = f"the first {len(failed)} trials all failed alike: {trial.cause}"
+            furthest = max(one.epochs for one in failed)
+            is_passed = any(
+                one.status == "finished" or one.epochs > furthest
+                for one in self.ledger.trials
+                if one.status not in ("failed", "running")
+            )
+            if len(failed) >= SAME_FAILURES and not is_passed and len({*map(self._kind, failed)}) == 1:
+                self.failure = f"{len(failed)} trials failed alike, and none got any further: {trial.cause}"
 
     def _next(self) -> Trial | int | None:
         """What runs next, of the search and then of the race."""
@@ -246,9 +251,16 @@ class _Sweep:
             # Equal members of a population part when they change; elsewhere the same values are the same training.
             tried = [] if self.plan.search.scheduler == "pbt" else [one.overrides for one in self.ledger.trials]
             values = values_of(self.plan, self.ledger.trials, self.grid)
-            drawn = draw(self.experiment, found, self.approve, values, tried)
+            try:
+                drawn = draw(self.experiment, found, self.approve, values, tried)
+            except ConfigError:  # of a space in which little can run
+                if not found:
+                    raise
+                drawn = None
             if drawn is None:
-                self.record.say(f"no trial begins any more: nothing was drawn that is not among the {found} tried")
+                self.record.say(
+                    f"no trial begins any more: nothing was drawn that can run and is not among the {found} tried"
+                )
                 search = self.plan.search.model_copy(update={"trials": found})
                 self.plan = replace(self.plan, search=search)
                 return self._next_drawn()
@@ -312,7 +324,9 @@ class _Sweep:
         )
 
     def _standing(self) -> Standing:
-        return standing_of(self.plan, self.ledger.trials, self.ledger.race, self._budget_left_s())
+        left_s = self._budget_left_s()
+        is_spent = left_s < NOTHING * (self.plan.search.budget_s or 0.0)
+        return standing_of(self.plan, self.ledger.trials, self.ledger.race, 0.0 if is_spent else left_s)
 
     def _run_tune(self, code_dirs: tuple[str, ...]) -> None:
         runtime.connect(code_dirs=code_dirs)
@@ -379,6 +393,8 @@ class _Sweep:
                 with contextlib.suppress(OSError, ScalecvError):
                     if place := runs.newest(self._of(trial)):
                         storage.put(storage.join(place, "STOP"), b"stop")
+        if drawing.is_alive():
+            drawing.join()  # the report draws the same files
 
 
 def _as_ended(trial: Trial, replaced_by: int | None) -> Trial:

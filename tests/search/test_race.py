@@ -1,10 +1,11 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from scalecv.config import Search
-from scalecv.search.race import standing, standing_of
+from scalecv.search.race import Pair, Standing, standing, standing_of
 from scalecv.search.report import best_trial, verdict
 from scalecv.search.schedule import Plan, finalists
 from scalecv.search.trials import AS_WRITTEN, Point, Trial
@@ -149,3 +150,32 @@ def test_whoever_goes_on_after_a_verdict_is_judged_at_half_the_error(tmp_path):
     assert second.pairs[0].low < first.pairs[0].low < first.pairs[0].effect
     assert "97.5 % " in verdict(second, "val/iou", None, Search()).sentence
     assert verdict(first, "val/iou", None, Search(finalists=0)).sentence.startswith("not raced: search.finalists=0")
+
+
+def test_who_led_when_the_experiment_as_written_dropped_out_may_be_overtaken():
+    """Trial 1 leads and beats it over three seeds; trial 0, whose first seed was a bad one, beats trial 1 later."""
+    early = Pair(1, AS_WRITTEN, 0.2, 0.1, 0.3, True, 3)
+    late = Pair(0, 1, 0.05, 0.02, 0.08, True, 5)
+    means = {0: 0.80, 1: 0.75, AS_WRITTEN: 0.55}
+    found = Standing((), (0, 1, AS_WRITTEN), (late, early), (0,), means, 5, 0.05)
+    told = verdict(found, "val/iou", None, Search())
+    assert told.winner == 0
+    assert told.sentence.startswith("trial 1 is better than the experiment as written by 0.2000")
+    assert told.sentence.endswith(", and trial 0 is better than trial 1 by 0.0500")
+    tied = replace(found, pairs=(replace(late, is_told_apart=False), early), tied=(0, 1))
+    told = verdict(tied, "val/iou", None, Search())
+    assert told.winner == 1 and told.sentence.endswith("; no difference found from trial 0")
+
+
+def test_a_budget_that_ends_within_a_seed_leaves_the_whole_ones_before_to_be_judged():
+    plan = Plan(Search(budget="100s", finalists=1), 3, 1.0, 1.0, False)
+    trials = [Trial(0, {}, status="finished", device_s=1.0, points=(Point(3, 0.6, 1.0),))]
+    heats = [(seed, *one) for seed in range(3) for one in ((0, 0.61 + seed / 100), (AS_WRITTEN, 0.6 + seed / 200))]
+    race = [
+        Trial(number, {}, "finished", device_s=1.0, points=(Point(3, value),), entrant=entrant, seed=seed)
+        for number, (seed, entrant, value) in enumerate(heats)
+    ]
+    race.append(Trial(6, {}, "finished", device_s=80.0, points=(Point(3, 0.62),), entrant=0, seed=3))
+    assert standing_of(plan, trials, race, 13.0).needs == ((AS_WRITTEN, 3),)
+    found = standing_of(plan, trials, race, 0.0)
+    assert not found.needs and found.seeds == 3 and found.order == (0, AS_WRITTEN)

@@ -145,6 +145,16 @@ def test_weights_of_a_simplex_add_up_and_conditions_hold():
         ({"space": {"train.lr": {"uniform": [2, 1]}}}, "a smaller number before a larger one"),
         ({"space": {"train.lr": {"loguniform": [0, 1]}}}, "above 0"),
         ({"space": {"train.lr": {}}}, "exactly one of"),
+        ({"space": {"train.epochs_": {"int": [1, 1 << 63]}}}, "64 bits"),
+        ({"space": {"loss": {"simplex": ["bce", "bce"]}}}, "a term twice"),
+        (
+            {"space": {"loss": {"simplex": ["bce", "dice"]}, "loss.dice": {"uniform": [0, 1]}}},
+            "loss.dice is a term of the simplex",
+        ),
+        (
+            {"space": {"model.arch": {"choice": ["a"]}, "train.lr": {"uniform": [0, 1], "when": {"model.arch": []}}}},
+            "when model.arch has no value",
+        ),
         ({"space": {"name": {"choice": ["a"]}}}, "leave it out"),
         (
             {"space": {"train.lr": {"uniform": [0, 1], "when": {"model.arch": ["unet"]}}}},
@@ -256,6 +266,8 @@ def test_children_change_only_what_may_change_while_a_network_learns():
         assert child == perturbed(base, Trial(number, parent, parent=0))
         lrs.add(child["train.lr"])
     assert lrs == {1e-3, 1.25e-3}
+    without = {"model.arch": "fpn", "train.lr": 1e-3}  # as where the mixture is for another network
+    assert perturbed(base, Trial(1, without, parent=0)).keys() == without.keys()
     dead = build({**BASE, "search": {"space": {"model.arch": {"choice": ["unet"]}}, "scheduler": "pbt"}}, "test")
     with pytest.raises(ConfigError, match="has none that may"):
         check_living(dead)
