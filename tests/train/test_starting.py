@@ -98,7 +98,7 @@ def test_refused_before_a_step(shapes, keys, said):
         ({"model__arch": "pan"}, "32x32 pixels vanish"),
         ({"model__arch": "fpn", "data__size_px": 48}, "needs multiples of 32: set data.size_px="),
         ({"model__arch": "deeplabv3plus", "train__micro_batch": 1}, "batch normalisation needs two"),
-        ({"model__arch": "deeplabv3plus", "train__micro_batch": 1, "model__norm": "sync"}, "single values"),
+        ({"model__arch": "deeplabv3plus", "train__micro_batch": 1, "model__norm": "sync"}, "normalisation needs two"),
         ({"model__arch": "segformer", "data__size_px": 40}, "needs multiples of 32"),
         ({"model__arch": "dpt"}, "needs a tu-vit"),
         ({"model__arch": "deeplabv3", "model__encoder": "vgg11"}, "take resnet"),
