@@ -250,7 +250,7 @@ def test_the_same_failure_in_every_trial_ends_the_sweep(shapes, tmp_path):
     job.communicate(timeout=400)
     said = (tmp_path / "stderr.txt").read_text()
     assert job.returncode == 1 and "Traceback" not in said, said
-    assert "3 trials failed alike, and none got any further" in said, said
+    assert "trials failed alike, and none got any further" in said, said
     assert len(of_mlflow(tmp_path)) < 8
 
 
