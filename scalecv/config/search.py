@@ -137,7 +137,10 @@ class Search(Frozen):
                 if not spec.when[other]:
                     raise ValueError(f"space.{key}: when {other} has no value: name those with which the key is set")
                 before = list(self.space)[: list(self.space).index(key)]
-                choices = self.space[other].choice if other in self.space else None
+                known = self.space.get(other)
+                if known is not None and known.choice is None and known.int is None:
+                    raise ValueError(f"space.{key}: when names {other}, which is drawn from no choice or int")
+                choices = known.choice if known else None
                 unknown = [value for value in spec.when[other] if choices is not None and value not in choices]
                 if unknown and other in before:
                     raise ValueError(

@@ -10,6 +10,7 @@ from scalecv.errors import ConfigError
 from scalecv.models.norms import alone
 
 ONE_VALUE = "Expected more than 1 value per channel"
+# Networks assert it, or their layers find that tensors do not fit each other.
 OTHER_SIZE = (
     "must match",
     "Attempting to broadcast",
@@ -50,10 +51,11 @@ def check_fits(model: nn.Module, shape: Sequence[int], arch: str) -> None:
                 f"images of {width}x{height} pixels vanish on their way through model.arch={arch} "
                 f"({said.splitlines()[0][:120]}): set data.size_px to twice their side or more, or take another network"
             ) from None
-        if any(words in said for words in OTHER_SIZE):
+        if isinstance(error, AssertionError) or any(words in said for words in OTHER_SIZE):
+            why = f" ({said.splitlines()[0][:120]})" if said else ""
             raise ConfigError(
-                f"images of {width}x{height} pixels have no size that model.arch={arch} takes "
-                f"({said.splitlines()[0][:120]}): set data.size_px to a multiple of 32, or for an encoder that is made "
-                f"for one size, as swin and maxvit are, model.args={{img_size: {width}}}"
+                f"images of {width}x{height} pixels have no size that model.arch={arch} takes{why}: set data.size_px "
+                "to a multiple of 32 or the size that the network is made for, or make it for this one where it has an "
+                f"argument for it, as model.args={{img_size: {width}}} of timm or image_size of torchvision"
             ) from None
         # Anything else may be due to tensors without storage; if not, the first step says it.

@@ -55,7 +55,7 @@ def segmenter(arch: str, *, in_channels: int, outputs: int, encoder: str, args: 
 
     check_args(arch, args)
     check_encoder(encoder)
-    check_pair(arch, encoder)
+    _check_pair(arch, encoder)
     given = {"dynamic_img_size": True, **args} if arch == "dpt" else args
     what = f"{arch} with encoder {encoder}"
     try:
@@ -81,7 +81,7 @@ def segmenter(arch: str, *, in_channels: int, outputs: int, encoder: str, args: 
     return model
 
 
-def check_pair(arch: str, encoder: str) -> None:
+def _check_pair(arch: str, encoder: str) -> None:
     """Raises: ConfigError: an encoder that an architecture cannot have, as its name tells."""
     if arch == "dpt" and (not encoder.startswith(("tu-vit", *ONE_SIZE)) or "patch14" in encoder):
         raise ConfigError(

@@ -64,18 +64,17 @@ def verdict(race: Standing, metric: str, best: Trial | None, search: Search) -> 
         return replace(told, sentence=f"not raced: all but {entrant_name(first)} failed")
     against = next((pair for pair in race.pairs if AS_WRITTEN in (pair.better, pair.other)), race.pairs[0])
     better, other = entrant_name(against.better), entrant_name(against.other)
-    tied = [entrant_name(one) for one in race.tied if one != against.better]
     sure = f"{100 * told.level:.4g} %"
     how = f"{metric}, {sure} {against.low:.4f} to {against.high:.4f}, {against.seeds} paired seeds"
-    over = next((pair for pair in race.pairs if pair.is_told_apart and pair.other == against.better), None)
-    if against.is_told_apart and over is not None:  # it led when the experiment as written dropped out, and no longer
-        said = f"{better} is better than {other} by {against.effect:.4f} ({how})"
-        said += f", and {entrant_name(over.better)} is better than {better} by {over.effect:.4f}"
-        return replace(told, sentence=said, winner=over.better)
     if against.is_told_apart:
-        beside = f"; no difference found from {', '.join(tied)}" if tied else ""
-        said = f"{better} is better than {other} by {against.effect:.4f} ({how}){beside}"
-        return replace(told, sentence=said, winner=against.better)
+        said, winner = f"{better} is better than {other} by {against.effect:.4f} ({how})", against.better
+        beaten = {pair.other: pair for pair in race.pairs if pair.is_told_apart}
+        while over := beaten.get(winner):  # who led when the experiment as written dropped out may have been overtaken
+            said += f", and {entrant_name(over.better)} is better than {entrant_name(winner)} by {over.effect:.4f}"
+            winner = over.better
+        tied = [entrant_name(one) for one in race.tied if one != winner]
+        said += f"; no difference found from {', '.join(tied)}" if tied else ""
+        return replace(told, sentence=said, winner=winner)
     worse = [entrant_name(pair.other) for pair in race.pairs if pair.is_told_apart]
     beside = f"; better than {', '.join(worse)}" if worse else ""
     said = (

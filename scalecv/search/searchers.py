@@ -74,17 +74,16 @@ def perturbed(base: Experiment, child: Trial) -> dict[str, Scalar]:
     out = dict(child.overrides)
     for key, spec in base.search.space.items():
         rng = generator(base.seed, child.number, "perturbed", key)
-        if not is_living(key):
+        names = _names(key, spec)
+        if not is_living(key) or names[0] not in out:
             continue
         if spec.simplex is not None:
-            if f"{key}.{spec.simplex[0]}" not in out:
-                continue
-            shares = [_number(out[f"{key}.{term}"]) * rng.choice(CHANGE) for term in spec.simplex]
+            shares = [_number(out[name]) * rng.choice(CHANGE) for name in names]
             out.update(mixture(key, spec.simplex, shares))
-        elif key in out and spec.choice is not None:
+        elif spec.choice is not None:
             at = spec.choice.index(out[key]) + int(rng.choice([-1, 1]))
             out[key] = spec.choice[min(max(at, 0), len(spec.choice) - 1)]
-        elif key in out:
+        else:
             low, high = spec.int or spec.uniform or spec.loguniform or (-math.inf, math.inf)
             before, factor = _number(out[key]), float(rng.choice(CHANGE))
             step = max(1, round(before * abs(factor - 1)))
@@ -96,11 +95,11 @@ def perturbed(base: Experiment, child: Trial) -> dict[str, Scalar]:
 
 def written_keys(base: Experiment) -> list[str]:
     """Every key that a trial may set; each term of a mixture is one."""
-    return [
-        name
-        for key, spec in base.search.space.items()
-        for name in ([f"{key}.{term}" for term in spec.simplex] if spec.simplex else [key])
-    ]
+    return [name for key, spec in base.search.space.items() for name in _names(key, spec)]
+
+
+def _names(key: str, spec: Spec) -> list[str]:
+    return [f"{key}.{term}" for term in spec.simplex] if spec.simplex else [key]
 
 
 def is_living(key: str) -> bool:

@@ -8,7 +8,6 @@ A Tune trial is one segment and ends by itself, so nothing is ever killed to sto
 import contextlib
 import json
 import math
-import re
 import tempfile
 import threading
 import time
@@ -21,6 +20,7 @@ from scalecv.artifacts import tracking
 from scalecv.config import Experiment, flatten
 from scalecv.errors import ConfigError, Interrupted, ScalecvError, UserError
 from scalecv.search.approval import approval
+from scalecv.search.failures import hopeless
 from scalecv.search.ledger import Ledger
 from scalecv.search.race import Standing, next_heat, standing_of
 from scalecv.search.record import Record
@@ -38,8 +38,6 @@ from scalecv.train.run import same_everywhere
 from scalecv.train.signals import stop_on_signals
 
 Event = dict[str, Any]
-SAME_FAILURES = 3
-"""First trials that all fail alike end the sweep: so would the others."""
 DEATHS = 2
 """Processes of one segment that may die (a spot machine, a memory limit) before its trial counts as failed."""
 DRAW_S = 120.0
@@ -212,17 +210,8 @@ class _Sweep:
             now = f"{self.metric} {points[-1].value:.4f} after epoch {trial.epochs}" if points else "no epoch has ended"
             self.record.say(f"{self._told(trial)} {trial.status}: {told(trial.overrides)}: {trial.cause or now}")
             self.record.stand()
-            if trial.status != "failed":
-                return
-            failed = [one for one in self.ledger.trials if one.status == "failed"]
-            furthest = max(one.epochs for one in failed)
-            is_passed = any(
-                one.status == "finished" or one.epochs > furthest
-                for one in self.ledger.trials
-                if one.status not in ("failed", "running")
-            )
-            if len(failed) >= SAME_FAILURES and not is_passed and len({*map(self._kind, failed)}) == 1:
-                self.failure = f"{len(failed)} trials failed alike, and none got any further: {trial.cause}"
+            if trial.status == "failed":
+                self.failure = self.failure or hopeless(self.ledger.trials, self.experiment.name) or ""
 
     def _next(self) -> Trial | int | None:
         """What runs next, of the search and then of the race."""
@@ -284,14 +273,10 @@ class _Sweep:
     def _record_of(self, trial: Trial) -> Trial:
         return (self.ledger.trials if trial.entrant is None else self.ledger.race)[trial.number]
 
-    def _kind(self, trial: Trial) -> str:
-        """Why a trial failed, without what differs from trial to trial: its folder, numbers and ids."""
-        return re.sub(r"[0-9a-f]{8,}|\d+", "#", trial.cause.replace(self._name(trial), ""))
-
     def _of(self, trial: Trial) -> Experiment:
-        drawn = self._drawn
-        is_drawn = drawn is not None and drawn.overrides is trial.overrides
-        made = drawn.experiment if drawn is not None and is_drawn else resolve(self.experiment, trial.overrides)
+        drawn = self._drawn  # just now, where it is of this trial
+        is_known = drawn is not None and drawn.overrides is trial.overrides
+        made = drawn.experiment if drawn and is_known else resolve(self.experiment, trial.overrides)
         track = made.track.model_copy(update={"storage": storage.join(self.ledger.home, "runs")})
         later = 0 if trial.seed is None else 1 + trial.seed  # the race never uses the seed of the search
         return made.model_copy(update={"name": self._name(trial), "track": track, "seed": made.seed + later})

@@ -23,7 +23,8 @@ from scalecv.errors import DataError, IntegrityError
 if TYPE_CHECKING:
     import torch
 
-FORMAT = 2
+FORMAT = 3
+"""It changes with what a checkpoint holds, and with the planned order: its position would mean other rows."""
 MANIFEST = "manifest.json"
 STATE = "resume.json"
 TENSORS = "resume.safetensors"

@@ -110,11 +110,6 @@ def check_network(experiment: Experiment, manifest: Manifest) -> None:
         check_imagenet(experiment.model.arch, experiment.model.encoder)
     TASKS[experiment.task].check(experiment.loss, len(manifest.classes))
     model, size = experiment.model, experiment.data.size_px
-    if experiment.task == "segment" and ":" not in model.arch:
-        from scalecv.models.segmenters import check_encoder, check_pair
-
-        check_encoder(model.encoder)
-        check_pair(model.arch, model.encoder)
     sides = (size, size) if size else manifest.sizes_px[:2]
     wrong = misfit(experiment.task, model.arch, model.encoder, model.args, sides, experiment.upscale.factor)
     if wrong is not None:

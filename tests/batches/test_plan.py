@@ -67,7 +67,7 @@ def test_resume_reads_on_as_if_nothing_had_happened(ranks):
 def test_epochs_differ_and_the_order_is_frozen():
     orders = [Plan((50, 50), 10, order_key("f", "train", 0, epoch)).picks(0) for epoch in (0, 1)]
     assert not np.array_equal(orders[0].row, orders[1].row)
-    # These numbers must never change: runs that were started with an older release go on with a newer one.
+    # Where these numbers change, runs cannot go on: checkpoint.FORMAT changes with them.
     assert Plan((50, 50), 10, "frozen").picks(0).row.tolist() == FROZEN_WHOLE
     lanes = Plan(groups_of(400, 20), 16, "frozen", True, 100)
     assert list(zip(lanes.picks(3).group.tolist(), lanes.picks(3).row.tolist(), strict=True)) == FROZEN_LANES

@@ -140,7 +140,7 @@ def test_the_order_of_draws_is_frozen():
     kinds = (np.arange(400) % 10 == 0).astype(np.uint16)
     strata = Strata(kinds, weights(np.bincount(kinds), np.array([0.5, 0.5]), 100.0))
     picks = Plan(groups_of(400, 20), 16, "frozen", True, 100, strata).picks(3)
-    # These numbers must never change: runs that were started with an older release go on with a newer one.
+    # Where these numbers change, runs cannot go on: checkpoint.FORMAT changes with them.
     assert list(zip(picks.group.tolist(), picks.row.tolist(), picks.draw.tolist(), strict=True)) == FROZEN
 
 

@@ -79,10 +79,12 @@ def test_leftovers_go_and_what_may_be_under_way_stays(tmp_path):
 
 def test_a_checkpoint_of_another_format_is_refused_not_passed_over(tmp_path, monkeypatch):
     run = str(tmp_path)
-    monkeypatch.setattr(checkpoint, "FORMAT", 3)
+    monkeypatch.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
     checkpoint.save(run, {"model.safetensors": b"w"}, 10, None)
     monkeypatch.undo()
-    with pytest.raises(checkpoint.DataError, match="format 3, this scalecv reads 2"):
+    with pytest.raises(
+        checkpoint.DataError, match=rf"format {checkpoint.FORMAT + 1}, this scalecv reads {checkpoint.FORMAT}"
+    ):
         checkpoint.newest(run)
     with pytest.raises(checkpoint.DataError):
         checkpoint.collect(run, keep=1)

@@ -162,6 +162,10 @@ def test_who_led_when_the_experiment_as_written_dropped_out_may_be_overtaken():
     assert told.winner == 0
     assert told.sentence.startswith("trial 1 is better than the experiment as written by 0.2000")
     assert told.sentence.endswith(", and trial 0 is better than trial 1 by 0.0500")
+    last = Pair(2, 0, 0.01, 0.005, 0.015, True, 5)
+    told = verdict(replace(found, pairs=(last, late, early), tied=(2, 3)), "val/iou", None, Search())
+    assert told.winner == 2
+    assert told.sentence.endswith("trial 2 is better than trial 0 by 0.0100; no difference found from trial 3")
     tied = replace(found, pairs=(replace(late, is_told_apart=False), early), tied=(0, 1))
     told = verdict(tied, "val/iou", None, Search())
     assert told.winner == 1 and told.sentence.endswith("; no difference found from trial 0")

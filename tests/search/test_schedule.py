@@ -155,6 +155,15 @@ def test_weights_of_a_simplex_add_up_and_conditions_hold():
             {"space": {"model.arch": {"choice": ["a"]}, "train.lr": {"uniform": [0, 1], "when": {"model.arch": []}}}},
             "when model.arch has no value",
         ),
+        (
+            {
+                "space": {
+                    "train.lr": {"uniform": [0, 1]},
+                    "model.norm": {"choice": ["batch"], "when": {"train.lr": [1]}},
+                }
+            },
+            "when names train.lr, which is drawn from no choice or int",
+        ),
         ({"space": {"name": {"choice": ["a"]}}}, "leave it out"),
         (
             {"space": {"train.lr": {"uniform": [0, 1], "when": {"model.arch": ["unet"]}}}},
