@@ -1,6 +1,6 @@
 """What Ray's TorchTrainer costs beside torchrun, and what a second rank costs: the same network, images and batches.
 
-    python -m tests.reference.ranks_bench --pairs 3 [--rows rows.jsonl] [--to docs/benchmarks/ranks.md]
+    python -m tests.reference.ranks_bench --pairs 3 --epochs 9 --skip 4 --images 4000 [--rows rows.jsonl]
 
 Sides of a pair, in turns:
     trainer     scalecv train scale.workers=2: the ranks are workers of Ray's TorchTrainer
@@ -8,8 +8,9 @@ Sides of a pair, in turns:
     plain       a plain PyTorch loop under torchrun: DistributedDataParallel, DataLoader, the same network
     alone       the loop of `torchrun` with one rank and half the batch, so that a rank's work is the same
 
-Figures are of the last epochs of a run: images per second by the wall clock, and CPU-seconds of the ranks' processes
-(their own threads and the plain loop's loaders) for each image.
+Figures are of the epochs of a run after the first `--skip`, in which the command itself still begins: images per second
+by the wall clock, and CPU-seconds of the ranks' processes (their own threads and the plain loop's loaders) for each
+image.
 """
 
 import argparse
@@ -30,8 +31,7 @@ from tests import make
 from tests.reference.bench import ROOT, cpu
 
 SIDES = ("trainer", "torchrun", "plain", "alone")
-SIZE_PX, BATCH, SKIPPED = 64, 64, 1
-"""SKIPPED: first epochs that do not count."""
+SIZE_PX, BATCH = 64, 64
 
 
 def cpu_s() -> float:
@@ -81,7 +81,7 @@ def ours(told: str) -> None:
 
     job = Job(config.build(tree["tree"], "bench"), tree["version"], tree["run"], "threads")
     work(job, Place(rank, ranks, ranks), report)
-    write(seen, tree["images"], rank)
+    write(seen, tree, rank)
 
 
 def plain(told: str) -> None:
@@ -118,29 +118,32 @@ def plain(told: str) -> None:
             optimizer.zero_grad()
             rows += len(label) * 2
         seen.append((rows / (time.perf_counter() - began), cpu_s()))
-    write(seen, tree["images"], int(os.environ["RANK"]))
+    write(seen, tree, int(os.environ["RANK"]))
 
 
-def write(seen: list[tuple[float, float]], images: int, rank: int) -> None:
+def write(seen: list[tuple[float, float]], tree: dict[str, Any], rank: int) -> None:
     """One line for this rank: images/s of the run, and CPU-seconds of this rank for each image of the run."""
-    speed = statistics.median(one for one, _ in seen[SKIPPED:])
-    used = (seen[-1][1] - seen[SKIPPED - 1][1]) / (len(seen) - SKIPPED) / images
+    skip = tree["skip"]
+    speed = statistics.median(one for one, _ in seen[skip:])
+    used = (seen[-1][1] - seen[skip - 1][1]) / (len(seen) - skip) / tree["images"]
     print(json.dumps({"rank": rank, "images_per_s": speed, "cpu_s_per_image": used}), flush=True)
 
 
-def side(name: str, folder: Path, epochs: int, images: int) -> dict[str, float]:
+def side(name: str, folder: Path, epochs: int, images: int, skip: int) -> dict[str, float]:
     env = os.environ | {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "RAY_ADDRESS": ""}
     flat = experiment(folder, name, epochs)
     if name == "trainer":
         (folder / "trainer.yaml").write_text(config.dump(config.build(config.with_overrides({}, flat), "bench")))
         run([sys.executable, "-m", "scalecv", "train", str(folder / "trainer.yaml"), "--quiet", "--json"], folder, env)
         spool = folder / "runs" / flat["name"] / "001" / "spool.jsonl"
-        points = [json.loads(line).get("metrics", {}) for line in spool.read_text().splitlines()]
-        speeds = [one["system/epoch_images_per_s"] for one in points if "time/train_s" in one]
-        return {"images_per_s": statistics.median(speeds[SKIPPED:epochs])}
+        points = [json.loads(line) for line in spool.read_text().splitlines()]
+        ends = [one for one in points if one["kind"] == "metrics" and "time/train_s" in one["metrics"]]
+        if len(ends) != epochs:
+            raise SystemExit(f"{spool} tells of {len(ends)} epochs, expected {epochs}")
+        return {"images_per_s": statistics.median(one["metrics"]["system/epoch_images_per_s"] for one in ends[skip:])}
     tree = config.build(config.with_overrides({}, flat), "bench").model_dump(mode="json")
     told = {"tree": tree, "version": 0, "run": str(folder / "runs" / flat["name"] / "001"), "images": images}
-    told |= {"folder": str(folder), "epochs": epochs}
+    told |= {"folder": str(folder), "epochs": epochs, "skip": skip}
     count = 1 if name == "alone" else 2
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
     rank = "plain" if name == "plain" else "ours"
@@ -170,7 +173,8 @@ def report(rows: list[dict[str, dict[str, float]]], args: argparse.Namespace) ->
         f"images a rank and step, one thread for the network and one for decoding in each rank. {len(rows)} pairs of",
         f"{args.epochs} epochs of {args.images} images, the sides in turns; medians, in brackets the range over pairs.",
         "",
-        f"    python -m tests.reference.ranks_bench --pairs {len(rows)} --epochs {args.epochs} --images {args.images}",
+        f"    python -m tests.reference.ranks_bench --pairs {len(rows)} --epochs {args.epochs} --skip {args.skip} "
+        f"--images {args.images}",
         "",
         "| side | images/s | CPU-ms of all ranks for an image |",
         "|---|---|---|",
@@ -189,7 +193,7 @@ def main() -> None:
     ask = argparse.ArgumentParser()
     ask.add_argument("--rank", choices=("ours", "plain"))
     ask.add_argument("--told")
-    for name, default in (("pairs", 3), ("epochs", 4), ("images", 960)):
+    for name, default in (("pairs", 3), ("epochs", 4), ("skip", 1), ("images", 960)):
         ask.add_argument(f"--{name}", type=int, default=default)
     ask.add_argument("--rows", type=Path, default=Path("/dev/null"), help="file of the pairs, read and appended to")
     ask.add_argument("--to", type=Path)
@@ -206,7 +210,7 @@ def main() -> None:
         ingest(IngestOptions(**told, concurrency=0))
         for pair in range(args.pairs):
             order = SIDES if (pair + len(rows)) % 2 == 0 else SIDES[::-1]
-            rows.append({name: side(name, folder, args.epochs, args.images) for name in order})
+            rows.append({name: side(name, folder, args.epochs, args.images, args.skip) for name in order})
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
             with args.rows.open("a") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
