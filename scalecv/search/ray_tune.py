@@ -18,6 +18,8 @@ Suggest = Callable[[str], dict[str, Any] | str | None]
 """Tune's name of a segment -> what it is given; None: nothing now; FINISHED: nothing is left."""
 Ended = Callable[[str, dict[str, Any] | None], None]
 """(Tune's name of a segment, what it returned); None where its processes died."""
+Died = Callable[[str], None]
+"""Tune's name of a segment whose process died and is started again."""
 
 
 class _Asks(Searcher):  # type: ignore[misc]  # ray is untyped here
@@ -44,9 +46,20 @@ class _Asks(Searcher):  # type: ignore[misc]  # ray is untyped here
         """Nothing: the ledger holds all."""
 
 
+class _Hears(tune.Callback):  # type: ignore[misc]  # ray is untyped here
+    """Passes on what Tune does not tell its searcher."""
+
+    def __init__(self, died: Died) -> None:
+        self._died = died
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._died(trial.trial_id)
+
+
 def run(
     suggest: Suggest,
     ended: Ended,
+    died: Died,
     folder: str,
     segment: Callable[[dict[str, Any]], dict[str, Any]],
     resources: dict[str, float],
@@ -58,6 +71,7 @@ def run(
     Args:
         suggest: what the next one is given: few, flat values, for Tune copies and flattens what is nested.
         ended: told how it ended.
+        died: told of a process that died, before it is started again.
         folder: for Tune's own files.
         segment: runs in a process of the cluster.
         resources: that one takes, as {"CPU": 1}.
@@ -77,7 +91,11 @@ def run(
             search_alg=_Asks(suggest, ended), num_samples=-1, max_concurrent_trials=most, reuse_actors=True
         ),
         run_config=tune.RunConfig(
-            name="sweep", storage_path=folder, verbose=0, failure_config=tune.FailureConfig(max_failures=deaths)
+            name="sweep",
+            storage_path=folder,
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=deaths),
+            callbacks=[_Hears(died)],
         ),
     )
     in_thread(tuner.fit, "ray-tune")  # signals are ours: a sweep pauses its runs before it ends

@@ -52,8 +52,13 @@ def run_segment(
         told |= {"status": "failed", "cause": f"{type(error).__name__}: {said[0]}"}
     give_back()
     # From the checkpoint and not from what was told: a driver that was killed has not heard all of it.
-    place, devices = runs.newest(experiment), max(1, experiment.scale.workers)
-    epochs = checkpoint.history(place) if place else []
+    devices = max(1, experiment.scale.workers)
+    try:
+        place = runs.newest(experiment)
+        epochs = checkpoint.history(place) if place else []
+    except (OSError, ScalecvError) as error:  # told with its cause: raised here it would look like a process that died
+        cause = told["cause"] or f"its checkpoint cannot be read: {str(error).splitlines()[0]}"
+        return {**told, "status": "failed", "cause": cause, "device_s": (time.monotonic() - began) * devices}
     if told["status"] == "paused" and not (until and until.comes(epochs, devices)):
         told["status"] = "waiting"  # asked to stop on the way
     if cost and epochs and told["status"] != "failed":

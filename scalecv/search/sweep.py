@@ -192,14 +192,14 @@ class _Sweep:
     def ended(self, tune_id: str, result: dict[str, Any] | None) -> None:
         """Record what a segment told; nothing told means that its process died."""
         with self.lock:
-            begun, held_s = self.under_way.end(tune_id)
+            outcome = result or {"status": "failed", "cause": f"its process died {DEATHS + 1} times: out of memory?"}
+            begun, held_s = self.under_way.end(tune_id, outcome.pop("device_s", None))
             if begun is None:
                 return
             trial = self._record_of(begun)
-            outcome = result or {"status": "failed", "cause": f"its process died {DEATHS + 1} times: out of memory?"}
             told_points = [Point(**point) for point in outcome.pop("points", ())]
             points = tuple(point for point in told_points if point.epoch > trial.inherited) or trial.points
-            spent = trial.device_s + outcome.pop("device_s", held_s)
+            spent = trial.device_s + held_s
             # What was trained under a driver that was killed counts, too.
             spent = max(spent, points[-1].device_s if points and trial.parent is None else 0.0)
             trial = replace(trial, points=points, device_s=spent, **outcome)
@@ -336,7 +336,7 @@ class _Sweep:
             watch.start()
             try:
                 with stop_on_signals(self.stopping.set, self.tell):
-                    run(self.suggest, self.ended, folder, segment, resources, most, DEATHS)
+                    run(self.suggest, self.ended, self.under_way.died, folder, segment, resources, most, DEATHS)
             finally:
                 ended.set()
                 watch.join()
@@ -353,33 +353,40 @@ class _Sweep:
                 drawing = threading.Thread(target=self.record.draw, name="pictures", daemon=True)
                 drawing.start()  # it takes seconds, and nothing else may wait for it
                 drawn_at = time.monotonic()
-            for name, trial in self.under_way.waiting.items():
-                with contextlib.suppress(OSError, ScalecvError):
-                    if runs.newest(self._of(trial)):
-                        self.under_way.is_seen(name)
-            with self.lock:
-                if self._budget_left_s() <= 0 and not self.spent_all.is_set():
-                    self.spent_all.set()
-                    self.record.say(
-                        f"search.budget={self.plan.search.budget} is spent: trials under way are saved and stop"
-                    )
-                running = self.under_way.trials
-                is_search = any(one.entrant is None for one in running)
-                if is_search and self._search_left_s() <= 0 and not self.closing.is_set():
-                    self.closing.set()
-                    self.record.say(
-                        "what is left of search.budget is for the best trial and the race: the others pause"
-                    )
-                if not (self.stopping.is_set() or self.spent_all.is_set()):
-                    best = leader(self.plan, self.ledger.trials) if self.closing.is_set() else None
-                    searching = [one for one in running if self.closing.is_set() and one.entrant is None]
-                    running = [one for one in searching if best is None or one.number != best.number]
-            for trial in running:
-                with contextlib.suppress(OSError, ScalecvError):
-                    if place := runs.newest(self._of(trial)):
-                        storage.put(storage.join(place, "STOP"), b"stop")
+            try:
+                self._look()
+            except Exception as error:  # a budget that nobody watches would be spent without end
+                with self.lock:
+                    self.failure = self.failure or f"the budget is watched no more, {type(error).__name__}: {error}"
+                self.stopping.set()
         if drawing.is_alive():
             drawing.join()  # the report draws the same files
+
+    def _look(self) -> None:
+        """One look of `_watch`."""
+        for name, trial in self.under_way.waiting.items():
+            with contextlib.suppress(OSError, ScalecvError):
+                if runs.newest(self._of(trial)):
+                    self.under_way.is_seen(name)
+        with self.lock:
+            if self._budget_left_s() <= 0 and not self.spent_all.is_set():
+                self.spent_all.set()
+                self.record.say(
+                    f"search.budget={self.plan.search.budget} is spent: trials under way are saved and stop"
+                )
+            running = self.under_way.trials
+            is_search = any(one.entrant is None for one in running)
+            if is_search and self._search_left_s() <= 0 and not self.closing.is_set():
+                self.closing.set()
+                self.record.say("what is left of search.budget is for the best trial and the race: the others pause")
+            if not (self.stopping.is_set() or self.spent_all.is_set()):
+                best = leader(self.plan, self.ledger.trials) if self.closing.is_set() else None
+                searching = [one for one in running if self.closing.is_set() and one.entrant is None]
+                running = [one for one in searching if best is None or one.number != best.number]
+        for trial in running:
+            with contextlib.suppress(OSError, ScalecvError):
+                if place := runs.newest(self._of(trial)):
+                    storage.put(storage.join(place, "STOP"), b"stop")
 
 
 def _as_ended(trial: Trial, replaced_by: int | None) -> Trial:

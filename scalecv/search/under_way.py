@@ -15,6 +15,7 @@ class UnderWay:
         self._lock = threading.Lock()
         self._trials: dict[str, Trial] = {}
         self._began: dict[str, float] = {}
+        self._died: set[str] = set()
 
     def begin(self, name: str, trial: Trial) -> None:
         """A segment was given to Tune; one that goes on is there in an instant."""
@@ -29,11 +30,22 @@ class UnderWay:
             if name in self._trials:
                 self._began.setdefault(name, time.monotonic())
 
-    def end(self, name: str) -> tuple[Trial | None, float]:
-        """The trial of a segment that ended, None if it is not known, and the device-seconds that it held."""
+    def died(self, name: str) -> None:
+        """A segment's process died, and another one goes on: what that one tells is not all that was held."""
+        with self._lock:
+            self._died.add(name)
+
+    def end(self, name: str, told_s: float | None) -> tuple[Trial | None, float]:
+        """The trial of a segment that ended, None if it is not known, and the device-seconds that it held.
+
+        Args: told_s: device-seconds that its last process tells of; None if it told nothing.
+        """
         with self._lock:
             began = self._began.pop(name, None)
             held_s = 0.0 if began is None else (time.monotonic() - began) * self.devices
+            if told_s is not None:
+                held_s = max(held_s, told_s) if name in self._died else told_s
+            self._died.discard(name)
             return self._trials.pop(name, None), held_s
 
     @property

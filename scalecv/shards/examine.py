@@ -22,6 +22,7 @@ Note = Literal[
     "thin",
     "large",
     "nan",
+    "nodata_some",
     "jpeg_colors",
     "jpeg_warned",
     "reduced_to_8_bit",
@@ -35,6 +36,7 @@ NOTES: Final[dict[Note, str]] = {
     "thin": "one side is over 20 times the other",
     "large": "over 64 million pixels",
     "nan": "NaN or infinite pixels",
+    "nodata_some": "pixels that are nodata in some bands only: they count as data in all",
     "jpeg_colors": "blocks of colours that no encoder writes: the file was probably damaged",
     "jpeg_warned": "libjpeg-turbo warned while it decoded: the file may be damaged",
     "reduced_to_8_bit": "16 bits per channel were reduced to 8",
@@ -47,6 +49,8 @@ MAX_MASK_VALUES = 256
 SAMPLED_PIXELS = 1 << 15
 """Pixels of a JPEG that statistics take at least; of a larger one they take every few rows."""
 _LARGE_PIXELS = 64_000_000
+_MIXED = 0.01
+"""Share of pixels with nodata in some bands above which it is told: a dark pixel may be 0 in one band by chance."""
 _THIN = 20
 _ACROSS = 512
 _DOWN = 64
@@ -98,7 +102,7 @@ def examine(
     Raises: BadImage: with the reason for which the sample is set aside.
     """
     image, is_warned = _decoded(data)
-    counted, has_nan, keep = _counted(image)
+    counted, has_nan, some, keep = _counted(image)
     values, notes = _mask_values(mask, image.pixels.shape, declared, ignore, keep)
     if mask is not None and image.place is not None and mask.startswith(TIFF):
         notes |= mask_place(image.place, raster.profile(mask))
@@ -113,7 +117,7 @@ def examine(
         **sums,
         "mask_values": values,
         "place": _place(image),
-        "notes": notes | _odd(name, data, image, sums, has_nan) | (_jpeg_odd(data, image) if is_warned else {}),
+        "notes": notes | _odd(name, data, image, sums, has_nan) | some | (_jpeg_odd(data, image) if is_warned else {}),
     }
 
 
@@ -221,23 +225,32 @@ def _histogram(values_N: NDArray[Any]) -> NDArray[Any]:
     return np.array(PIL.Image.fromarray(np.ascontiguousarray(values_N)[None]).histogram())
 
 
-def _counted(image: Image) -> tuple[NDArray[Any], bool, NDArray[np.bool_] | None]:
-    """[N, C] of the pixels that count, whether some number is not finite, and which count (None for all), bool [N]."""
+def _counted(image: Image) -> tuple[NDArray[Any], bool, dict[Note, str], NDArray[np.bool_] | None]:
+    """[N, C] of the pixels that count.
+
+    Returns: them, whether some number is not finite, the note on bands that disagree about nodata, and which pixels
+        count, bool [N] (None for all).
+    """
     pixels = image.pixels
     if image.format == "JPEG":  # exact sums would cost half of its decoding
         pixels = pixels[:: max(1, pixels.shape[0] * pixels.shape[1] // SAMPLED_PIXELS)]
     flat = pixels.reshape(-1, pixels.shape[-1])
     keep = None
     has_nan = False
+    some: dict[Note, str] = {}
     if flat.dtype.kind == "f":
         keep = np.isfinite(flat).all(axis=1)
         has_nan = not bool(keep.all())
     if image.nodata is not None and not math.isnan(image.nodata):
-        data = ~(flat == image.nodata).all(axis=1)
+        without = flat == image.nodata
+        data = ~without.all(axis=1)
+        mixed = np.count_nonzero(without.any(axis=1) & data)
+        if mixed > _MIXED * len(flat):
+            some["nodata_some"] = f"{mixed} of {len(flat)} pixels are {image.nodata:g} in some bands only"
         keep = data if keep is None else keep & data
     if keep is None or keep.all():
-        return flat, has_nan, None
-    return flat[keep], has_nan, keep
+        return flat, has_nan, some, None
+    return flat[keep], has_nan, some, keep
 
 
 def _mask_values(

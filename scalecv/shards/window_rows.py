@@ -162,6 +162,8 @@ def _sample(
     except BadImage as error:
         return row, data, mask, sha256, error
     facts["notes"].pop("name", None)
+    if profile.nodata is None:  # what was filled up has a value that a band may hold
+        facts["notes"].pop("nodata_some", None)
     facts["place"] = _footprint(profile, row["meta"]["scene"], window)
     return row | {"content": _content(part, nodata)}, data, mask, sha256, facts
 

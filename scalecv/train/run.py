@@ -13,7 +13,7 @@ from typing import Any
 from scalecv import storage
 from scalecv.artifacts import spool, tracking
 from scalecv.config import Experiment, dump, flatten
-from scalecv.errors import ConfigError, Interrupted, ScalecvError
+from scalecv.errors import ConfigError, Interrupted, ScalecvError, UserError
 from scalecv.shards.store import Dataset
 from scalecv.train import runs, upscaler
 from scalecv.train.checks import check, check_names, check_network, sizes
@@ -132,7 +132,7 @@ def _record_and_run(
             results.append(event)
         tell(event)
 
-    status, stop = "FAILED", threading.Event()
+    status, stop, is_refused = "FAILED", threading.Event(), False
 
     def ask() -> None:
         stop.set()
@@ -146,6 +146,9 @@ def _record_and_run(
         if results[-1]["status"] == "interrupted":
             raise Interrupted(f"stopped as asked, state saved in {run.uri}: the same command goes on")
         status = "FINISHED"
+    except UserError:  # before the first step: a mistake, which leaves nothing behind
+        is_refused = not (run.goes_on or senders)
+        raise
     except Interrupted:
         status = "KILLED"
         raise
@@ -153,14 +156,17 @@ def _record_and_run(
         status = "KILLED"
         raise Interrupted(f"stopped at once; the same command goes on from the last checkpoint in {run.uri}") from None
     finally:
-        spool.append(path, {"kind": "end", "status": status})
-        sender = start_sending()
-        has_time = status == "FINISHED" or (until is not None and not stop.is_set())
-        all_sent = sender.close(timeout_s=patience_s if has_time else min(5, patience_s))
-        with contextlib.suppress(OSError):  # nobody looks any more
-            tell({"kind": "recorded", "run_id": sender.run_id})
-            if not all_sent and status != "FAILED":
-                tell({"kind": "progress", "message": sender.waiting()})
+        if is_refused:
+            runs.withdraw(run)
+        else:
+            spool.append(path, {"kind": "end", "status": status})
+            sender = start_sending()
+            has_time = status == "FINISHED" or (until is not None and not stop.is_set())
+            all_sent = sender.close(timeout_s=patience_s if has_time else min(5, patience_s))
+            with contextlib.suppress(OSError):  # nobody looks any more
+                tell({"kind": "recorded", "run_id": sender.run_id})
+                if not all_sent and status != "FAILED":
+                    tell({"kind": "progress", "message": sender.waiting()})
     result = Result(
         run_id=sender.run_id,
         name=experiment.name,

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -95,6 +96,13 @@ def open_run(
     if not storage.put_if_absent(storage.join(uri, "run.json"), json.dumps(told, indent=1).encode()):
         raise UserError(f"{uri} was started by another command at the same moment: look at that one, or run again")
     return Run(uri, key, dataset, goes_on=False, result=None, weights=weights)
+
+
+def withdraw(run: Run) -> None:
+    """Take back an attempt that was refused before its first step; nothing of it stays but a lock of the name."""
+    shutil.rmtree(local_folder(run), ignore_errors=True)
+    if not storage.is_local(run.uri):
+        storage.delete(storage.join(run.uri, one.path) for one in storage.list_entries(run.uri))
 
 
 def newest(experiment: Experiment) -> str | None:

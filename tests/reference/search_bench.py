@@ -6,6 +6,7 @@ curves    the same configurations searched at random (each trial to its end), by
           device-seconds; the quality of the chosen trial, without its noise
 verdict   sweeps whose configurations are all alike, and sweeps with one that is better: how often the race says so
 overhead  1,000 trials that do nothing, with bare Ray Tune and with our layer (records, MLflow spool, decisions)
+start     real trials, from the decision that one begins to its first step (--trials 12)
 See `search_sim` for the curves.
 """
 
@@ -20,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -133,7 +135,60 @@ def overhead(trials: int, rounds: int) -> Iterator[str]:
     yield f"| seconds | {each[0]:.1f} | {each[1]:.1f} | {each[2]:.2f} ({span}) | {each[3]:.2f} | {each[4]:.0f} |"
 
 
-def _in_process(way: Callable[[int], dict[str, float]], trials: int) -> dict[str, float]:
+def starts(trials: int) -> Iterator[str]:
+    """Seconds from the decision that a trial begins to its first step."""
+    told = _in_process(_started, trials)["start_s"]
+    yield (
+        f"{trials} trials of resnet18 on 48 px, one after the other on a cluster that runs: seconds from the decision "
+        "that a trial begins to its first step, by the records of its first epoch."
+    )
+    yield ""
+    yield "| first trial | later ones, median | range |"
+    yield "|---|---|---|"
+    yield f"| {told[0]:.2f} | {statistics.median(told[1:]):.2f} | {min(told[1:]):.2f} to {max(told[1:]):.2f} |"
+
+
+def _started(trials: int) -> None:
+    """A real sweep of one epoch a trial."""
+    import ray
+
+    from scalecv import config
+    from scalecv.search.sweep import _Sweep, tune
+    from scalecv.shards.ingest import IngestOptions, ingest
+    from tests import make
+
+    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        make.shapes(Path("images"))
+        ingest(IngestOptions(source="images", to="data", layout="imagefolder", concurrency=0))
+        space = {"train.lr": {"loguniform": [1e-4, 1e-1]}, "model.norm": {"choice": ["group", "batch"]}}
+        tree = {"name": "sweep", "task": "classify", "data": {"uri": f"{folder}/data"}, "model": {"arch": "resnet18"}}
+        search = {"trials": trials, "space": space, "finalists": 0, "scheduler": "none", "concurrent": 1}
+        train = {"epochs": 1, "batch": 16, "threads": 1}
+        experiment = config.build({**tree, "train": train, "search": search, "scale": {"workers": 0}}, "bench")
+        decided: list[float] = []
+        suggest = _Sweep.suggest
+
+        def timed(sweep: _Sweep, name: str) -> object:
+            began, found = time.time(), suggest(sweep, name)
+            if isinstance(found, dict):
+                decided.append(began)
+            return found
+
+        _Sweep.suggest = timed  # type: ignore[method-assign,assignment]
+        tune(experiment)
+        began = []
+        for number in range(trials):
+            lines = Path(f"runs/sweep/runs/sweep-{number:04d}/001/spool.jsonl").read_text().splitlines()
+            points = [json.loads(line) for line in lines]
+            (end,) = [one for one in points if one["kind"] == "metrics" and "time/train_s" in one["metrics"]]
+            took = end["metrics"]["time/train_s"] + end["metrics"]["time/validation_s"]
+            began.append(end["time_ms"] / 1000 - took - decided[number])
+        print(json.dumps({"start_s": began}))
+
+
+def _in_process(way: Callable[[int], None], trials: int) -> dict[str, Any]:
     import subprocess
 
     code = f"from tests.reference import search_bench as b; b.{way.__name__}({trials})"
@@ -205,7 +260,7 @@ def _ours(trials: int) -> None:
             time.sleep(0.1)
         own[0], before = 0.0, _memory_kb()
         began = time.perf_counter()
-        ray_tune.run(timed(sweep.suggest), timed(sweep.ended), f"{folder}/tune", _empty, {"CPU": 1}, 2, 0)
+        ray_tune.run(timed(sweep.suggest), timed(sweep.ended), print, f"{folder}/tune", _empty, {"CPU": 1}, 2, 0)
         seconds = time.perf_counter() - began
         assert len(sweep.ledger.trials) == trials
         sweep.record.end("FINISHED")
@@ -234,6 +289,7 @@ def main() -> None:
         "curves": lambda: curves(args.sweeps),
         "verdict": lambda: verdicts(args.sweeps),
         "overhead": lambda: overhead(args.trials, args.rounds),
+        "start": lambda: starts(args.trials),
     }
     lines = [f"`python -m tests.reference.search_bench {' '.join(sys.argv[1:])}`, {platform.processor() or 'x86_64'}, "]
     lines[0] += f"{os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}"

@@ -104,6 +104,19 @@ def test_a_whole_sweep_keeps_to_its_budget_and_races_what_it_found():
     assert told(plan, trials, heats)[0] == 3
 
 
+def test_a_winner_is_the_first_of_the_race_or_nothing_separates_the_two():
+    declared = 0
+    for seed in range(100):
+        world = World(spread(seed), 9, 0.004, (0.002, 0.005, 0.01)[seed % 3], seed)
+        plan, trials, heats, _ = simulate(Search(trials=27), world)
+        found = standing_of(plan, trials, heats, 0.0)
+        said = verdict(found, "quality", None, plan.search)
+        if said.winner is not None:
+            declared += 1
+            assert said.winner == found.order[0] or {said.winner, found.order[0]} <= {*found.tied}, (seed, said)
+    assert declared > 20
+
+
 def test_what_is_kept_of_the_budget_is_enough_for_a_race():
     for seed in range(10):
         world = World(spread(seed), 27, 0.005, 0.005, seed)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from scalecv import config
+from scalecv import config, storage
 from scalecv.errors import ConfigError
 from scalecv.search.sweep import tune
 from scalecv.testing.servers import MlflowServer
@@ -282,6 +282,47 @@ def test_a_sweep_goes_on_while_mlflow_is_away_and_the_same_command_sends_its_rec
         assert all(told["metric"] in run.data.metrics for run in runs.values())
     finally:
         server.kill()
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(1200)
+def test_a_budget_that_ends_on_the_way_saves_what_is_under_way_and_a_larger_one_goes_on(shapes, tmp_path):
+    write(shapes, tmp_path, trials=4, epochs=80, scheduler="none", budget="60s")
+    out, _ = command(tmp_path).communicate(timeout=500)
+    said, told = (tmp_path / "stderr.txt").read_text(), json.loads(out)
+    assert "search.budget" in said and "Traceback" not in said, said
+    assert 0.9 * 60 < told["device_s"] <= 1.05 * 60, told["device_s"]
+    cut = [one for one in told["trials"] if one["status"] == "stopped"]
+    assert cut and all("the budget was spent after epoch" in one["cause"] for one in cut), told["trials"]
+    saved = {one["number"]: one["device_s"] for one in told["trials"]}
+    out, _ = command(tmp_path, "search.budget=1h").communicate(timeout=800)
+    told = json.loads(out)
+    assert len(told["trials"]) == 4 and {one["status"] for one in told["trials"]} == {"finished"}
+    # What a trial had trained is not trained anew.
+    whole = {one["number"]: one["device_s"] for one in told["trials"]}
+    fresh = [whole[number] for number in whole if number not in saved]
+    assert fresh and all(whole[one["number"]] < 1.6 * max(fresh) for one in cut), (saved, whole)
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(1200)
+def test_a_sweep_that_lives_in_a_bucket_is_killed_and_goes_on(shapes, tmp_path, s3):
+    bucket = s3.bucket()
+    write(shapes, tmp_path, trials=3, scheduler="none")
+    keys = [f"track.storage={bucket}/runs"]
+    job = command(tmp_path, *keys)
+    until = time.monotonic() + 200
+    while not (places := storage.list_names(f"{bucket}/runs/sweep/runs/sweep-0000/001/checkpoints")):
+        assert time.monotonic() < until and job.poll() is None, (tmp_path / "stderr.txt").read_text()
+        time.sleep(0.2)
+    job.kill()
+    job.communicate()
+    out, _ = command(tmp_path, *keys).communicate(timeout=600)
+    said, told = (tmp_path / "stderr.txt").read_text(), json.loads(out)
+    assert [one["status"] for one in told["trials"]] == ["finished"] * 3, said
+    assert all(one["bundle"].startswith(bucket) for one in told["trials"]) and places
+    assert not list(tmp_path.glob("runs/*")), "nothing lies on this machine"
+    assert storage.exists(f"{bucket}/runs/sweep/report.html")
 
 
 @pytest.mark.chaos

@@ -19,6 +19,7 @@ from scalecv.artifacts import bundle
 from scalecv.artifacts.bundle import Call, DataFacts, PixelFacts, UpscaleFacts
 from scalecv.artifacts.networks import behind
 from scalecv.errors import ConfigError, DataError, ScalecvError
+from scalecv.models import build_model
 from scalecv.serve.predict import predict
 from scalecv.serve.predictor import Windows, windows_for
 from scalecv.shards.ingest import IngestOptions, ingest
@@ -51,6 +52,7 @@ def made(tmp_path, monkeypatch):
         sides_px=None,
         factor=1,
         enlarged_by="bicubic",
+        call=None,
         **norm,
     ) -> str:
         import reachnet
@@ -58,9 +60,9 @@ def made(tmp_path, monkeypatch):
         torch.manual_seed(0)
         outputs = 1 if task == "segment" and len(classes) == 2 else len(classes)
         args = {"pooled": True} if task == "classify" else {}
-        net = reachnet.build(bands, outputs, **args)
+        net = build_model(**call.model_dump()) if call else reachnet.build(bands, outputs, **args)
         how = {"stem": "default", "norm": "group"}
-        call = Call(arch="reachnet:build", encoder="", in_channels=bands, outputs=outputs, args=args, **how)
+        call = call or Call(arch="reachnet:build", encoder="", in_channels=bands, outputs=outputs, args=args, **how)
         taken = {"bands": None, "color": "native", "channels": bands, "source_dtype": dtype, "size_px": size_px}
         pixels = PixelFacts(
             **taken,
@@ -128,6 +130,21 @@ def test_a_stitched_scene_is_that_of_one_pass(made, tmp_path):
     assert narrow.rows == 1
     gap = np.abs(opened(tmp_path / "narrow/deep/a.probability.tif")[0] - p)
     assert np.nanmax(gap) > 1e-3, "without overlap the cuts are seen, so the comparison can fail"
+
+
+def test_a_scene_through_an_encoder_and_decoder_is_that_of_one_pass(made, tmp_path):
+    """Linknet over three stages of resnet18, which sees some 70 px on each side."""
+    image, _ = scene(0, 768, 512)
+    write(tmp_path / "s", "a.tif", raster.encode(image, None, wkt(), place(0, 0)))
+    about = {"arch": "linknet", "encoder": "resnet18", "in_channels": 4, "outputs": 3, "args": {"encoder_depth": 3}}
+    call = Call(**about, stem="default", norm="batch")
+    model = made("segment", 4, "uint16", ("ground", "roof", "water"), None, (0, 5, 9), call=call, mean=2e3, std=1.5e3)
+    run(model, tmp_path / "s", tmp_path / "one", tile=768, probability="float32")
+    run(model, tmp_path / "s", tmp_path / "many", tile=384, overlap=288, batch=2, probability="float32")
+    run(model, tmp_path / "s", tmp_path / "narrow", tile=384, overlap=32, probability="float32")
+    p, q, r = (opened(tmp_path / name / "a.probability.tif")[0] for name in ("one", "many", "narrow"))
+    np.testing.assert_allclose(p, q, atol=1e-4)
+    assert p.std() > 0.01 and np.abs(r - p).max() > 1e-3, "with little overlap the cuts are seen"
 
 
 def test_a_scene_is_seen_at_the_scale_of_the_tiles_of_training(made, tmp_path):

@@ -54,6 +54,18 @@ def test_sums_add_up_to_numpys_over_images_of_all_sizes(dtype):
     assert stats.min == tuple(joined.min(0)) and stats.max == tuple(joined.max(0))
 
 
+def test_nodata_in_some_bands_counts_and_is_told():
+    pixels = np.full((10, 10, 2), 5, np.int16)
+    pixels[0, :2, 0] = -9
+    facts = examine("x.tif", tiff(pixels, nodata=-9))
+    assert facts["pixels"] == 100
+    assert facts["notes"]["nodata_some"] == "2 of 100 pixels are -9 in some bands only"
+    pixels[0, :2] = -9
+    pixels[0, 2, 0] = -9  # one in a hundred may be so by chance
+    facts = examine("x.tif", tiff(pixels, nodata=-9))
+    assert facts["pixels"] == 98 and "nodata_some" not in facts["notes"]
+
+
 def test_nan_and_nodata_do_not_count():
     pixels = np.array([[[1.0], [np.nan], [-9.0], [3.0]]], np.float32)
     facts = examine("x.tif", tiff(pixels, nodata=-9))

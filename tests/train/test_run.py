@@ -340,6 +340,7 @@ def test_nan_stops_before_the_update(shapes):
         ({"model__arch": "resnet19"}, ConfigError, ["resnet19", "resnet18"]),
         ({"train__batch": 1, "model__norm": "batch"}, ConfigError, ["one image at a time", "model.norm=group"]),
         ({"train__batch": 1, "model__norm": "sync"}, ConfigError, ["one image at a time", "model.norm=group"]),
+        ({"model__arch": "vgg11", "model__stem": "default", "data__size_px": 16}, ConfigError, ["16x16"]),
         ({"loss__bce": 1.0}, ConfigError, ["bce"]),
         ({"train__exact": True}, ConfigError, ["model.norm=batch", "group or frozen"]),
         ({"train__exact": True, "model__norm": "group", "train__batch": 18}, ConfigError, ["train.batch=18"]),
@@ -354,6 +355,7 @@ def test_what_cannot_work_is_refused_before_it_starts(shapes, keys, kind, words)
     assert said.value.exit_code == 2
     assert all(word in str(said.value) for word in words), said.value
     assert "secret" not in str(said.value)
+    assert not [*Path("runs").glob("shapes/*")] and not Path("mlruns.db").exists(), "nothing is left"
 
 
 def test_mlflow_away_is_no_reason_to_stop(shapes, monkeypatch):
