@@ -1,12 +1,14 @@
 """What a URI names, and what a store says of one object."""
 
 import os
+import re
 from dataclasses import dataclass
 from urllib.parse import unquote, urlsplit
 
 from scalecv.errors import UserError
 
 SCHEMES = ("s3", "gs", "az", "file")
+_CONTROL = re.compile(r"[\x00-\x1f]")
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ def place_of(uri: str) -> Place:
 
     Raises: UserError: a scheme other than s3, gs, az and file, or a URI without a bucket.
     """
-    if any(ord(character) < 32 for character in uri):
+    if _CONTROL.search(uri):
         raise UserError(f"{without_secrets(uri)!r} holds control characters: expected a path, or s3:// gs:// az://")
     scheme, sep, rest = uri.partition("://")
     if not sep and (uri.startswith("/vsi") or uri.partition(":")[0] in SCHEMES):

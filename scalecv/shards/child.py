@@ -6,6 +6,7 @@ The two ends talk over pipes: JSON lines, each followed by the bytes that it ann
 import contextlib
 import fcntl
 import json
+import mmap
 import os
 import select
 import subprocess
@@ -14,6 +15,8 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any, cast
+
+from scalecv.errors import ScalecvError
 
 START_S = 120.0
 _PIPE_BYTES = 1 << 20
@@ -28,19 +31,50 @@ _ENVIRONMENT = {
 _KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH")
 
 
+class SharedMemory:
+    """Memory that this process writes and a child reads: bytes take two copies less than through a pipe."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self.handle = os.memfd_create("scalecv", os.MFD_CLOEXEC)
+        os.ftruncate(self.handle, size_bytes)
+        self._memory = mmap.mmap(self.handle, size_bytes)
+
+    def write(self, parts: Iterable[bytes | memoryview]) -> bool:
+        """Write from the start on; whether there was room."""
+        at = 0
+        for part in parts:
+            if at + len(part) > len(self._memory):
+                return False
+            self._memory[at : at + len(part)] = part
+            at += len(part)
+        return True
+
+
 class Child:
     """One end of the pipes; the process is started on first use and again after it died or was stopped."""
 
-    def __init__(self, serves: str) -> None:
-        """Args: serves: function that the process runs, as `package.module:function`; see `serving`."""
+    def __init__(self, serves: str, shared_bytes: int = 0) -> None:
+        """One end for a process that is not started yet.
+
+        Args:
+            serves: function that the process runs, as `package.module:function`; see `serving`.
+            shared_bytes: of memory that it may read; its number is the function's argument then, -1 where the system
+                has none.
+        """
         self._serves = serves
+        self._shared = SharedMemory(shared_bytes) if shared_bytes and hasattr(os, "memfd_create") else None
+        self._takes = "" if not shared_bytes else str(self._shared.handle if self._shared else -1)
         self.process: subprocess.Popen[bytes] | None = None
         self._ahead = b""
+
+    def share(self, parts: Iterable[bytes | memoryview]) -> bool:
+        """Lay bytes one after the other where the process sees them, if there is room; else they have to be sent."""
+        return self._shared is not None and self._shared.write(parts)
 
     def send(self, head: Any, parts: Iterable[bytes | memoryview] = ()) -> None:
         """One JSON line and the bytes after it.
 
-        Raises: BrokenPipeError: the process died.
+        Raises: BrokenPipeError: the process died. ScalecvError: it cannot be started.
         """
         stdin = cast("IO[bytes]", self._started().stdin)
         stdin.write(b"".join([json.dumps(head).encode(), b"\n", *parts]))
@@ -99,16 +133,25 @@ class Child:
             where = str(Path(__file__).parents[2])
             module, _, function = self._serves.partition(":")
             self.process = subprocess.Popen(
-                [sys.executable, "-c", f"from {module} import {function}; {function}()"],
+                # -P: no module of the folder that it is started in, which may hold what strangers sent.
+                [sys.executable, "-P", "-c", f"from {module} import {function}; {function}({self._takes})"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
+                pass_fds=(self._shared.handle,) if self._shared else (),
                 # The child decodes what strangers wrote: it gets no credentials.
                 env={k: v for k, v in os.environ.items() if k in _KEPT}
                 | {"PYTHONPATH": os.pathsep.join([where, *filter(None, sys.path)]), **_ENVIRONMENT},
             )
             with contextlib.suppress(OSError, AttributeError):  # fewer waits for each other, where the system grants it
                 fcntl.fcntl(cast("IO[bytes]", self.process.stdin).fileno(), fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-            self.line(START_S)
+            try:
+                self.line(START_S)
+            except (EOFError, TimeoutError):
+                code = self.stop()
+                raise ScalecvError(
+                    f"the process that decodes images did not start ({ending(code)}): what it said stands above; "
+                    f"`{sys.executable} -P -c 'import {module}'` shows it again"
+                ) from None
         return self.process
 
 

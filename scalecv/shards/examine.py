@@ -46,8 +46,9 @@ NOTES: Final[dict[Note, str]] = {
 """Notes on samples that are kept, and what they mean."""
 
 MAX_MASK_VALUES = 256
-SAMPLED_PIXELS = 1 << 15
+SAMPLED_PIXELS = 1 << 13
 """Pixels of a JPEG that statistics take at least; of a larger one they take every few rows."""
+_KEPT_BYTES = 24 << 20
 _LARGE_PIXELS = 64_000_000
 _MIXED = 0.01
 """Share of pixels with nodata in some bands above which it is told: a dark pixel may be 0 in one band by chance."""
@@ -106,7 +107,7 @@ def examine(
     values, notes = _mask_values(mask, image.pixels.shape, declared, ignore, keep)
     if mask is not None and image.place is not None and mask.startswith(TIFF):
         notes |= mask_place(image.place, raster.profile(mask))
-    sums = band_sums(counted)
+    sums = band_sums(counted, image.pixels.shape[1] if keep is None else None)
     return {
         "width": image.pixels.shape[1],
         "height": image.pixels.shape[0],
@@ -148,11 +149,21 @@ def _decoded(data: bytes) -> tuple[Image, bool]:
     if known is not None:
         pixels_px = known.width * known.height
         if pixels_px <= MAX_PIXELS and pixels_px * known.channels <= PLAIN_DECODED_BYTES:
-            pixels = jpeg.decode(data, known)
+            pixels = jpeg.decode(data, known, memory=_memory(pixels_px * known.channels), is_exact=False)
             if pixels is not None:
                 return Image(pixels, "JPEG", None), False
     image = decode_image(data)
     return image, image.format == "JPEG"
+
+
+@lru_cache(maxsize=1)
+def _kept() -> NDArray[np.uint8]:
+    return np.empty(_KEPT_BYTES, np.uint8)
+
+
+def _memory(size_bytes: int) -> NDArray[np.uint8] | None:
+    """Where one image's pixels lie after another's: fresh memory costs time for each page."""
+    return _kept() if size_bytes <= _KEPT_BYTES else None
 
 
 class BandSums(TypedDict):
@@ -165,14 +176,19 @@ class BandSums(TypedDict):
     max: list[float]
 
 
-def band_sums(pixels_NC: NDArray[Any]) -> BandSums:
-    """Count, mean, squared distance from the mean, smallest and largest of [N, C], in float64."""
+def band_sums(pixels_NC: NDArray[Any], width: int | None = None) -> BandSums:
+    """Count, mean, squared distance from the mean, smallest and largest of [N, C], in float64.
+
+    Args:
+        pixels_NC: the pixels.
+        width: of the image, where these are whole rows of one; it only saves time.
+    """
     count, bands = pixels_NC.shape
     if count == 0:
         zeros = [0.0] * bands
         return {"pixels": 0, "mean": zeros, "m2": zeros, "min": zeros, "max": zeros}
     if pixels_NC.dtype == np.uint8:
-        return _byte_sums(pixels_NC)
+        return _byte_sums(pixels_NC, width or _ACROSS)
     mean = pixels_NC.mean(axis=0, dtype=np.float64)
     m2 = np.zeros(bands)
     for start in range(0, count, 1 << 20):  # no second copy of a large raster in float64
@@ -181,25 +197,22 @@ def band_sums(pixels_NC: NDArray[Any]) -> BandSums:
     return {"pixels": count, "mean": mean.tolist(), "m2": m2.tolist(), "min": low.tolist(), "max": high.tolist()}
 
 
-def _byte_sums(pixels_NC: NDArray[Any]) -> BandSums:
+def _byte_sums(pixels_NC: NDArray[Any], across: int) -> BandSums:
     """`band_sums` of uint8, from sums of whole numbers that are exact.
 
-    Pixels lie side by side in wide rows, which numpy adds and BLAS multiplies fast; a column of 64 squares
-    stays below 2^24, where float32 is exact.
+    Pixels lie side by side in wide rows, which numpy adds fast; a column of 64 squares stays below 2^24, where float32
+    is exact.
     """
     count, bands = pixels_NC.shape
-    across = min(count, _ACROSS)
+    across = min(count, across)
     down = count // across
     wide = np.ascontiguousarray(pixels_NC[: down * across]).reshape(down, across * bands)
     rest = pixels_NC[down * across :]
-    ones = np.ones(min(down, _DOWN), np.float32)
     total, square = np.zeros((2, across * bands))
     for start in range(0, down, _DOWN):
         part = wide[start : start + _DOWN].astype(np.float32)
-        weights = ones[: len(part)]
-        total += weights @ part
-        np.multiply(part, part, out=part)
-        square += weights @ part
+        total += np.ones(len(part), np.float32) @ part
+        square += np.einsum("ij,ij->j", part, part)
     each = np.ones(across)
     sums = each @ total.reshape(across, bands), each @ square.reshape(across, bands)
     edges = wide.min(axis=0).reshape(across, bands), wide.max(axis=0).reshape(across, bands)

@@ -6,6 +6,7 @@ go one by one, so that it is always one sample's own.
 """
 
 import json
+import mmap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
@@ -30,7 +31,7 @@ class Examiner:
     def __init__(self, timeout_s: float = TIMEOUT_S) -> None:
         """Args: timeout_s: time for one sample before its process is killed."""
         self._timeout_s = timeout_s
-        self._child = Child("scalecv.shards.examiner:serve")
+        self._child = Child("scalecv.shards.examiner:serve", TOGETHER_BYTES)
 
     def examine(
         self, name: str, data: bytes, mask: bytes | None = None, declared: Sequence[int] = (), ignore: int | None = None
@@ -75,19 +76,28 @@ class Examiner:
         Raises: BrokenPipeError, EOFError: the child died. TimeoutError: it did not answer in time.
         """
         lengths = [(name, len(data), None if mask is None else len(mask)) for name, data, mask in samples]
-        head = {"samples": lengths, "declared": list(declared), "ignore": ignore}
-        self._child.send(head, (part for _, *both in samples for part in both if part))
+        parts = [part for _, *both in samples for part in both if part]
+        is_shared = self._child.share(parts)
+        head = {"samples": lengths, "declared": list(declared), "ignore": ignore, "shared": is_shared}
+        self._child.send(head, () if is_shared else parts)
         answers = self._child.line(self._timeout_s)["answers"]
         return cast("list[dict[str, Any]]", answers)
 
 
-def serve() -> None:
-    """The child's end: answers until its input ends."""
+def serve(shared: int) -> None:
+    """The child's end: answers until its input ends.
+
+    Args: shared: number of the memory in which samples may lie; -1 for none.
+    """
     source, target = serving()
+    memory = mmap.mmap(shared, 0, access=mmap.ACCESS_READ) if shared >= 0 else None
     while line := source.readline():
         head = json.loads(line)
+        if memory is not None:
+            memory.seek(0)
+        read = memory.read if memory is not None and head["shared"] else source.read
         samples = [
-            (name, source.read(size), None if mask_size is None else source.read(mask_size))
+            (name, read(size), None if mask_size is None else read(mask_size))
             for name, size, mask_size in head["samples"]
         ]
         reply(target, {"answers": [_examined(*sample, head["declared"], head["ignore"]) for sample in samples]})

@@ -83,7 +83,12 @@ def _is_turned(segment: bytes) -> bool:
 
 
 def decode(
-    data: bytes, known: Header, rows: int | None = None, memory: NDArray[Any] | None = None
+    data: bytes,
+    known: Header,
+    rows: int | None = None,
+    memory: NDArray[Any] | None = None,
+    *,
+    is_exact: bool = True,
 ) -> NDArray[Any] | None:
     """The pixels of a JPEG.
 
@@ -92,6 +97,7 @@ def decode(
         known: its header.
         rows: rows from the top that are needed; None needs all.
         memory: uint8, where the pixels may be written if there is room.
+        is_exact: False takes a sixth less time for pixels that differ by some levels; warnings are the same.
     Returns: uint8 [H, W, C], writable, with at least the needed rows; None where libjpeg-turbo has something to say.
     """
     import simplejpeg
@@ -103,7 +109,14 @@ def decode(
     try:
         has_room = memory is not None and memory.size >= known.height * known.width * known.channels
         # A cut picture is decoded with a warning about the rows that are left.
-        pixels = simplejpeg.decode_jpeg(data, color, strict=not is_cut, buffer=memory if has_room else None)
+        pixels = simplejpeg.decode_jpeg(
+            data,
+            color,
+            fastdct=not is_exact,
+            fastupsample=not is_exact,
+            strict=not is_cut,
+            buffer=memory if has_room else None,
+        )
     except ValueError:
         return None
     return np.asarray(pixels)

@@ -7,6 +7,7 @@ written last, so a unit that was cut off leaves nothing that counts and may run 
 import collections
 import hashlib
 import json
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,6 +28,8 @@ from scalecv.shards.write import ShardWriter
 
 STAGING = "_ingest"
 """Folder below the dataset for what is under way; gone after the commit."""
+_FILES_AT_ONCE = 2
+"""Threads that read local files, to begin with: where the page cache has them, more only wait for the interpreter."""
 _FETCHES = 32  # an object store answers in 10 to 50 ms: one process needs about this many to keep a core busy
 _FILES_AHEAD = 8 * TOGETHER
 """Local files that are read ahead, those of a turn by one thread."""
@@ -185,13 +188,19 @@ _Row = tuple[dict[str, Any], _Fetched, _Fetched | None]
 def _fetched(source: str, rows: Sequence[dict[str, Any]]) -> Iterator[list[_Row]]:
     """Rows with their bytes, in order, some at a time; many requests at once, few bytes ahead.
 
-    Objects of a store are asked for one by one. Local files are there at once, and a thread for each would cost more
-    than its reading.
+    Objects of a store are asked for one by one. Local files are read by the turn, by few threads while these are ahead.
     """
     is_local = storage.is_local(source)
+    places = threading.Semaphore(_FILES_AT_ONCE if is_local else _FETCHES)
 
     def fetch(some: Sequence[dict[str, Any]]) -> list[_Row]:
-        return [(row, *_both(source, row)) for row in some]
+        with places:
+            return [(row, *_both(source, row)) for row in some]
+
+    def fetched(futures: Sequence[Future[list[_Row]]]) -> list[_Row]:
+        if is_local and not futures[0].done():  # the disk is slow, or far: more at the same time
+            places.release()
+        return [row for future in futures for row in future.result()]
 
     waiting: collections.deque[tuple[int, int, list[Future[list[_Row]]]]] = collections.deque()
     files = size = 0
@@ -202,12 +211,12 @@ def _fetched(source: str, rows: Sequence[dict[str, Any]]) -> Iterator[list[_Row]
                 while waiting and (files + len(some) > _FILES_AHEAD or size + some_size > _AHEAD_BYTES):
                     done, done_size, futures = waiting.popleft()
                     files, size = files - done, size - done_size
-                    yield [row for future in futures for row in future.result()]
+                    yield fetched(futures)
                 parts = [some] if is_local else [[row] for row in some]
                 waiting.append((len(some), some_size, [pool.submit(fetch, part) for part in parts]))
                 files, size = files + len(some), size + some_size
             while waiting:
-                yield [row for future in waiting.popleft()[2] for row in future.result()]
+                yield fetched(waiting.popleft()[2])
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

@@ -7,12 +7,15 @@ import time
 import tracemalloc
 
 import PIL.Image
+import pytest
 
 from scalecv import storage
+from scalecv.errors import ScalecvError
 from scalecv.shards import dispatch, plan, unit
+from scalecv.shards.child import Child
 from scalecv.shards.decode import BadImage
 from scalecv.shards.examine import SAMPLED_PIXELS, examine
-from scalecv.shards.examiner import TOGETHER, Examiner, turns
+from scalecv.shards.examiner import TOGETHER, TOGETHER_BYTES, Examiner, turns
 from scalecv.sources.found import Found
 from scalecv.testing.servers import S3Server
 from scalecv.testing.store_proxy import Faults, StoreProxy
@@ -119,3 +122,36 @@ def test_runs_of_rows_are_bounded():
     rows = [row(f"{i}.png", bytes(size)) for i, size in enumerate([10] * 200 + [3 << 20, 10, 10])]
     sizes = [len(some) for some in turns(rows, unit._size)]
     assert sizes == [64, 64, 64, 8, 1, 2]
+
+
+def test_modules_that_lie_among_the_images_are_not_imported(tmp_path, monkeypatch):
+    for name in ("json", "numpy", "simplejpeg", "scalecv"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w')")
+    monkeypatch.chdir(tmp_path)
+    examiner = Examiner()
+    try:
+        assert examiner.examine("a.png", png(1))["width"]
+    finally:
+        examiner.close()
+    assert not (tmp_path / "imported").exists()
+
+
+def test_a_decoder_that_does_not_start_is_one_error_and_no_reason_to_set_images_aside():
+    with pytest.raises(ScalecvError, match=r"did not start \(exit code 1\)"):
+        Child("scalecv.shards.nowhere:serve").send({})
+
+
+def test_samples_come_by_shared_memory_or_by_pipe(monkeypatch):
+    samples = [(f"{number}.png", png(number, (64, 64)), None) for number in range(5)]
+    large = ("large.png", png(9, (900, 900)), png(9, (900, 900), "L"))
+    assert len(large[1]) > TOGETHER_BYTES
+    examiner = Examiner()
+    monkeypatch.delattr("os.memfd_create")
+    by_pipe = Examiner()
+    try:
+        found = [*examiner.examine_all([*samples, large])]
+        assert found == [*by_pipe.examine_all([*samples, large])]
+        assert [one["width"] for one in found[:5]] == [64] * 5
+    finally:
+        for one in (examiner, by_pipe):
+            one.close()
