@@ -55,6 +55,9 @@ class _Hears(tune.Callback):  # type: ignore[misc]  # ray is untyped here
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._died(trial.trial_id)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # as above
+
 
 def run(
     suggest: Suggest,

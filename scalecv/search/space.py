@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from scalecv.config import Experiment, Scalar, build, with_overrides
-from scalecv.config.search import Spec
+from scalecv.config.search import Search, Spec
 from scalecv.errors import ConfigError, UserError
 
+_NONE = Search()
 TRIES = 100
 """Draws of one trial before the space is called empty."""
 
@@ -65,7 +66,9 @@ def resolve(base: Experiment, overrides: dict[str, Scalar]) -> Experiment:
 
     Raises: ConfigError: it is none; the message names the key.
     """
-    return build(with_overrides(base.model_dump(mode="json", exclude={"search"}), overrides), "search.space")
+    tree = with_overrides(base.model_dump(mode="json", exclude={"search"}), overrides)
+    # Given, the default is not copied, which would take as long as all else.
+    return build({"search": _NONE, **tree}, "search.space")
 
 
 Values = Callable[[Experiment, int, int], dict[str, Scalar]]
