@@ -15,6 +15,9 @@ from scalecv.serve.bands import rank_bands
 from scalecv.shards.ingest import IngestOptions, ingest
 from scalecv.train.drop_bands import drop_bands, runs_without
 from scalecv.train.run import train
+from tests.small import fields, fields_dataset
+
+__all__ = ["fields", "fields_dataset"]
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +115,11 @@ def test_nothing_to_compare_with_is_said_before_the_start(trained, tmp_path, mon
     assert not (tmp_path / "runs").exists()
     with pytest.raises(DataError, match="one row in test"):
         rank_bands(model, data, split="test")
+
+
+def test_the_band_that_shows_the_fields_is_first(fields):
+    result = train(fields(train__epochs=12, train__lr=3e-3, track__pictures=0))
+    found = rank_bands(result.bundle, fields().data.uri, batch=8, repeats=2)
+    assert found.metric == "val/iou" and found.value > 0.5
+    assert found.bands[0].band == 4 and found.bands[0].permuted > 0.3 and found.bands[0].at_mean > 0.3
+    assert all(abs(one.permuted) < 0.1 for one in found.bands[1:])
