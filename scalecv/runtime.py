@@ -61,7 +61,8 @@ def connect(local_cpus: int | None = None, code_dirs: Iterable[str] = ()) -> Clu
     if ray.is_initialized():
         return _info(ray)
     if starts:
-        _start(ray, local_cpus)
+        with contextlib.nullcontext() if folders else _elsewhere():
+            _start(ray, local_cpus)
     else:
         _join(ray, address, folders)
     return _info(ray)
@@ -142,6 +143,21 @@ def _prepare_local(folders: list[str]) -> None:
         os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([*folders, *(k for k in known if k)]))
 
 
+@contextlib.contextmanager
+def _elsewhere() -> Iterator[None]:
+    """Meanwhile in the root folder.
+
+    Ray lets its workers import from the folder that it is started in before all others, and strangers' images may lie
+    there, beside a `gzip.py`. What the user's own code needs travels by PYTHONPATH.
+    """
+    here = os.getcwd()
+    os.chdir("/")
+    try:
+        yield
+    finally:
+        os.chdir(here)
+
+
 def _start(ray: Any, local_cpus: int | None) -> None:
     global _started
     for attempt in (1, 2):  # a node that starts on a busy machine may miss Ray's own 30 s limit
@@ -184,7 +200,8 @@ def _join(ray: Any, address: str, folders: list[str]) -> None:
         path = os.pathsep.join([*folders, *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = {"env_vars": {"PYTHONPATH": path}}
     try:
-        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=SHOWS_WORKERS, runtime_env=environment)
+        with _elsewhere():
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=SHOWS_WORKERS, runtime_env=environment)
     except (Exception, SystemExit) as error:  # Ray exits where it finds no head
         raise UserError(_why_not(address, error)) from None
 

@@ -8,6 +8,7 @@ from urllib.parse import unquote, urlsplit
 from scalecv.errors import UserError
 
 SCHEMES = ("s3", "gs", "az", "file")
+_BUCKET = re.compile(r"[\w.-]+")
 _CONTROL = re.compile(r"[\x00-\x1f]")
 
 
@@ -61,7 +62,7 @@ def place_of(uri: str) -> Place:
         rest = rest.removeprefix("localhost")
         return Place("file", "", os.path.abspath(unquote(rest)))
     bucket, _, path = rest.partition("/")
-    if not bucket or "@" in bucket or "?" in rest or "#" in bucket:
+    if not _BUCKET.fullmatch(bucket) or "?" in rest:
         raise UserError(
             f"{without_secrets(uri)}: expected {scheme}://BUCKET/PATH, credentials come from the environment"
         )
@@ -70,7 +71,11 @@ def place_of(uri: str) -> Place:
 
 def without_secrets(uri: str) -> str:
     """The URI without user, password, query and fragment, fit for logs."""
-    parts = urlsplit(uri)
+    try:
+        parts = urlsplit(uri)
+    except ValueError:  # brackets that are no address
+        scheme, sep, rest = uri.partition("://")
+        return scheme + sep + rest.partition("/")[0].rpartition("@")[2]
     if not parts.scheme or not parts.netloc:
         return uri
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()

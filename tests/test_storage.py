@@ -125,6 +125,8 @@ def test_unknown_schemes_and_inline_secrets_are_refused():
     with pytest.raises(UserError, match="credentials come from the environment"):
         storage.get("s3://key:secret@bucket/x")
     assert storage.without_secrets("s3://key:secret@bucket/x?sig=1") == "s3://bucket/x"
+    with pytest.raises(UserError, match=r"s3://\[bucket: expected s3://BUCKET/PATH"):
+        storage.get("s3://key:secret@[bucket/x?sig=1")
 
 
 def test_a_full_disk_is_one_clear_error_and_leaves_no_part(tmp_path):

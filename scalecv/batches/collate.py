@@ -146,6 +146,8 @@ def _cropped(rows: list[Row], how: Pixels, chances: Mapping[int, np.ndarray | No
         if known is None or known.channels != 3 or not known.height_at:
             continue
         box, flips = _box_and_flips(known, how, u)
+        if box[3] < _NARROWEST:
+            continue
         room = native.room(known, box, side)
         if room <= samples.LARGEST_KEPT:
             jobs[at], most = (row.image, box, flips, memory.address(at)), max(most, room)
@@ -187,6 +189,8 @@ def _augmented(image: Any, rest: Augment, how: Pixels, u: np.ndarray | None) -> 
 
 
 _NOTHING = Augment()
+_NARROWEST = 2
+"""Pixels: of a box one pixel wide libjpeg may decode a single column of colour, which it enlarges in another way."""
 
 
 @dataclass(frozen=True)

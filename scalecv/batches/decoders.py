@@ -112,6 +112,9 @@ class Decoders:
             count = max(1, free // self.ranks)
             self.shared.ask(count)
             self.notes.append(f"{why}: {count} free CPUs of the cluster decode beside {self.threads} threads")
+        elif self.mode == "cluster" and not self.shared.is_told:
+            self.shared.is_told = True
+            self.notes.append(f"{why}: no CPU of the cluster is free, {self.threads} threads decode here")
 
     def start(self, rows: list[Row], seeds: tuple[int, int] | None) -> Pending:
         """Begin with a batch."""

@@ -4,10 +4,11 @@ import io
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Final, Literal, TypedDict
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import TypedDict  # of typing only from Python 3.12 on, for pydantic
 
 from scalecv import raster
 from scalecv.raster import Profile
@@ -47,13 +48,15 @@ NOTES: Final[dict[Note, str]] = {
 
 MAX_MASK_VALUES = 256
 SAMPLED_PIXELS = 1 << 13
-"""Pixels of a JPEG that statistics take at least; of a larger one they take every few rows."""
+"""Pixels of a JPEG that statistics take at least; of a larger one they take some rows, spread over its height."""
+_ROWS = 48
+"""Of these rows at least, every few columns where that is many pixels."""
 _KEPT_BYTES = 24 << 20
 _LARGE_PIXELS = 64_000_000
 _MIXED = 0.01
 """Share of pixels with nodata in some bands above which it is told: a dark pixel may be 0 in one band by chance."""
 _THIN = 20
-_ACROSS = 512
+_ACROSS = 256
 _DOWN = 64
 _ENDINGS = {
     "PNG": ("png",),
@@ -63,6 +66,9 @@ _ENDINGS = {
     "BMP": ("bmp", "dib"),
     "TIFF": ("tif", "tiff"),
 }
+
+
+Place = tuple[str, float, float, float, float, float, float, int, int]
 
 
 class Facts(TypedDict):
@@ -75,7 +81,7 @@ class Facts(TypedDict):
     format: str
     nodata: float | None
     pixels: int
-    """Pixels that count: finite in every band and not nodata in all; of a large JPEG those of every few rows."""
+    """Pixels that count: finite in every band and not nodata in all; of a large JPEG those of some rows and columns."""
     mean: list[float]
     m2: list[float]
     """Sum of squared distances from the mean, per band."""
@@ -83,7 +89,7 @@ class Facts(TypedDict):
     max: list[float]
     mask_values: dict[str, int]
     """Value in the mask -> pixels that count in the image too."""
-    place: list[Any] | None
+    place: Place | None
     """CRS (or another name of a place), the six numbers of the transform, width and height; None if it does not say."""
     notes: dict[Note, str]
     """Note -> detail."""
@@ -103,11 +109,12 @@ def examine(
     Raises: BadImage: with the reason for which the sample is set aside.
     """
     image, is_warned = _decoded(data)
-    counted, has_nan, some, keep = _counted(image)
+    seen = _sampled(image.pixels) if image.format == "JPEG" else image.pixels  # all would cost half of its decoding
+    counted, has_nan, some, keep = _counted(seen, image.nodata)
     values, notes = _mask_values(mask, image.pixels.shape, declared, ignore, keep)
     if mask is not None and image.place is not None and mask.startswith(TIFF):
         notes |= mask_place(image.place, raster.profile(mask))
-    sums = band_sums(counted, image.pixels.shape[1] if keep is None else None)
+    sums = band_sums(counted, seen.shape[1] if keep is None else None)
     return {
         "width": image.pixels.shape[1],
         "height": image.pixels.shape[0],
@@ -128,10 +135,10 @@ def mask_place(image: Profile, mask: Profile) -> dict[Note, str]:
     return {"mask_place": f"{said}: the mask is used pixel by pixel"} if said else {}
 
 
-def _place(image: Image) -> list[Any] | None:
+def _place(image: Image) -> Place | None:
     found = image.place
     known = place_of(found) if found else None
-    return [known[0], *known[1], found.width, found.height] if found and known else None
+    return (known[0], *known[1], found.width, found.height) if found and known else None
 
 
 @lru_cache(maxsize=64)
@@ -188,7 +195,8 @@ def band_sums(pixels_NC: NDArray[Any], width: int | None = None) -> BandSums:
         zeros = [0.0] * bands
         return {"pixels": 0, "mean": zeros, "m2": zeros, "min": zeros, "max": zeros}
     if pixels_NC.dtype == np.uint8:
-        return _byte_sums(pixels_NC, width or _ACROSS)
+        is_handy = width is not None and _ACROSS <= width <= 16 * _ACROSS
+        return _byte_sums(pixels_NC, width if width is not None and is_handy else _ACROSS)
     mean = pixels_NC.mean(axis=0, dtype=np.float64)
     m2 = np.zeros(bands)
     for start in range(0, count, 1 << 20):  # no second copy of a large raster in float64
@@ -238,15 +246,24 @@ def _histogram(values_N: NDArray[Any]) -> NDArray[Any]:
     return np.array(PIL.Image.fromarray(np.ascontiguousarray(values_N)[None]).histogram())
 
 
-def _counted(image: Image) -> tuple[NDArray[Any], bool, dict[Note, str], NDArray[np.bool_] | None]:
+def _sampled(pixels: NDArray[Any]) -> NDArray[Any]:
+    """Some rows and columns of [H, W, C], spread evenly; all where they are few."""
+    height, width, _ = pixels.shape
+    if height * width <= SAMPLED_PIXELS:
+        return pixels
+    rows = min(height, max(_ROWS, SAMPLED_PIXELS // width))
+    step = max(1, rows * width // SAMPLED_PIXELS)
+    return pixels[(2 * np.arange(rows) + 1) * height // (2 * rows), :][:, step // 2 :: step]
+
+
+def _counted(
+    pixels: NDArray[Any], nodata: float | None
+) -> tuple[NDArray[Any], bool, dict[Note, str], NDArray[np.bool_] | None]:
     """[N, C] of the pixels that count.
 
     Returns: them, whether some number is not finite, the note on bands that disagree about nodata, and which pixels
         count, bool [N] (None for all).
     """
-    pixels = image.pixels
-    if image.format == "JPEG":  # exact sums would cost half of its decoding
-        pixels = pixels[:: max(1, pixels.shape[0] * pixels.shape[1] // SAMPLED_PIXELS)]
     flat = pixels.reshape(-1, pixels.shape[-1])
     keep = None
     has_nan = False
@@ -254,12 +271,12 @@ def _counted(image: Image) -> tuple[NDArray[Any], bool, dict[Note, str], NDArray
     if flat.dtype.kind == "f":
         keep = np.isfinite(flat).all(axis=1)
         has_nan = not bool(keep.all())
-    if image.nodata is not None and not math.isnan(image.nodata):
-        without = flat == image.nodata
+    if nodata is not None and not math.isnan(nodata):
+        without = flat == nodata
         data = ~without.all(axis=1)
         mixed = np.count_nonzero(without.any(axis=1) & data)
         if mixed > _MIXED * len(flat):
-            some["nodata_some"] = f"{mixed} of {len(flat)} pixels are {image.nodata:g} in some bands only"
+            some["nodata_some"] = f"{mixed} of {len(flat)} pixels are {nodata:g} in some bands only"
         keep = data if keep is None else keep & data
     if keep is None or keep.all():
         return flat, has_nan, some, None

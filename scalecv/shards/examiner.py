@@ -8,13 +8,19 @@ go one by one, so that it is always one sample's own.
 import json
 import mmap
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from typing import Any, TypeVar, cast
 
-from scalecv.shards.child import Child, ending, reply, serving
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
+
+from scalecv.shards.child import Child, Died, allow, reply, serving
 from scalecv.shards.decode import REASONS, BadImage, Reason
 from scalecv.shards.examine import Facts, examine
 
 TIMEOUT_S = 60.0
+SPARE_S = 30.0
+"""CPU time of a turn beyond that, after which a child without a parent ends."""
 TOGETHER_BYTES = 1 << 20
 """Bytes of the samples that are sent in one turn; a larger one goes alone."""
 TOGETHER = 64
@@ -51,37 +57,38 @@ class Examiner:
                 yield self._alone(some[0], declared, ignore)
                 continue
             try:
-                yield from map(_read, self._asked(some, declared, ignore))
-            except (BrokenPipeError, EOFError, TimeoutError):
-                self._child.stop()
-                for sample in some:
-                    yield self._alone(sample, declared, ignore)
+                found = self._asked(some, declared, ignore)
+            except (Died, TimeoutError):
+                found = [self._alone(sample, declared, ignore) for sample in some]
+            yield from found
 
     def close(self) -> None:
         """End the child."""
-        self._child.stop()
+        self._child.close()
 
     def _alone(self, sample: Sample, declared: Sequence[int], ignore: int | None) -> Facts | BadImage:
         try:
-            return _read(self._asked([sample], declared, ignore)[0])
-        except (BrokenPipeError, EOFError):
-            return BadImage("decoder_died", f"the decoder ended with {ending(self._child.stop())}")
+            return self._asked([sample], declared, ignore)[0]
+        except Died as error:
+            return BadImage("decoder_died", f"the decoder {error}")
         except TimeoutError:
-            self._child.stop()
             return BadImage("timeout", f"not decoded after {self._timeout_s:g} s")
 
-    def _asked(self, samples: Sequence[Sample], declared: Sequence[int], ignore: int | None) -> list[dict[str, Any]]:
+    def _asked(self, samples: Sequence[Sample], declared: Sequence[int], ignore: int | None) -> list[Facts | BadImage]:
         """One answer for each sample.
 
-        Raises: BrokenPipeError, EOFError: the child died. TimeoutError: it did not answer in time.
+        Raises: Died: the child died, or answered with something else. TimeoutError: it did not answer in time.
         """
         lengths = [(name, len(data), None if mask is None else len(mask)) for name, data, mask in samples]
         parts = [part for _, *both in samples for part in both if part]
-        is_shared = self._child.share(parts)
-        head = {"samples": lengths, "declared": list(declared), "ignore": ignore, "shared": is_shared}
-        self._child.send(head, () if is_shared else parts)
-        answers = self._child.line(self._timeout_s)["answers"]
-        return cast("list[dict[str, Any]]", answers)
+        with self._child.turn():
+            is_shared = self._child.share(parts)
+            head = {"samples": lengths, "declared": list(declared), "ignore": ignore, "shared": is_shared}
+            self._child.send(head, () if is_shared else parts, self._timeout_s)
+            answers = _answers().validate_json(self._child.line(self._timeout_s))
+            if len(answers) != len(samples):
+                raise ValueError
+        return [_read(answer) for answer in answers]
 
 
 def serve(shared: int) -> None:
@@ -100,7 +107,8 @@ def serve(shared: int) -> None:
             (name, read(size), None if mask_size is None else read(mask_size))
             for name, size, mask_size in head["samples"]
         ]
-        reply(target, {"answers": [_examined(*sample, head["declared"], head["ignore"]) for sample in samples]})
+        allow(TIMEOUT_S + SPARE_S)
+        reply(target, [_examined(*sample, head["declared"], head["ignore"]) for sample in samples])
 
 
 def _examined(name: str, data: bytes, mask: bytes | None, declared: Sequence[int], ignore: int | None) -> Any:
@@ -129,8 +137,17 @@ def turns(each: Iterable[T], size_bytes: Callable[[T], int]) -> Iterator[list[T]
         yield held
 
 
-def _read(answer: dict[str, Any]) -> Facts | BadImage:
-    if "reason" not in answer:
+class _Bad(TypedDict):
+    reason: str
+    detail: str
+
+
+@cache
+def _answers() -> "TypeAdapter[list[Facts | _Bad]]":
+    return TypeAdapter(list[Facts | _Bad])
+
+
+def _read(answer: "Facts | _Bad") -> Facts | BadImage:
+    if "width" in answer:
         return cast("Facts", answer)
-    reason = answer["reason"] if answer["reason"] in REASONS else "damaged"
-    return BadImage(cast("Reason", reason), str(answer["detail"]))
+    return BadImage(cast("Reason", answer["reason"] if answer["reason"] in REASONS else "damaged"), answer["detail"])

@@ -9,9 +9,10 @@ and may die. TIFF is read by blocks; other formats are decoded in full, once, wi
 import contextlib
 import io
 import json
+import math
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO, Any, cast
 
@@ -21,12 +22,14 @@ from numpy.typing import NDArray
 from scalecv import raster, storage
 from scalecv.errors import IntegrityError
 from scalecv.raster import PIXELS, Profile
-from scalecv.shards.child import Child, ending, reply, serving
+from scalecv.shards.child import Child, Died, allow, reply, serving
 from scalecv.shards.decode import REASONS, TIFF, BadImage, Reason, class_numbers, decode_image, decode_mask
 from scalecv.tiles import Window
 
 TIMEOUT_S = 120.0
 """For one window."""
+SPARE_S = 30.0
+"""CPU time of a window beyond that, after which a child without a parent ends."""
 MOST_BLOCK_BYTES = 256 << 20
 _CHUNK = 2 << 20
 _CHUNKS = 16
@@ -52,13 +55,14 @@ class SceneReader:
 
         Raises: BadImage: it cannot be read, or not by windows. StorageError: storage fails.
         """
-        answer = self._asked({"open": size_bytes, "mask": is_mask}, uri)
+        with self._turn():
+            answer = self._asked({"open": size_bytes, "mask": is_mask}, uri, size_bytes)
+            found = _refusal(answer) or _profile(answer["profile"])
+        if isinstance(found, BadImage):
+            raise found
         self.is_raster = bool(answer["is_raster"])
         self._open = (uri, size_bytes, is_mask)
-        told = answer["profile"]
-        for name in ("transform", "block_px", "names"):
-            told[name] = tuple(told[name])
-        return Profile(**told)
+        return found
 
     def read(self, window: Window) -> NDArray[Any]:
         """Pixels [h, w, C] of the open scene, or numbers [h, w] of a mask.
@@ -68,39 +72,60 @@ class SceneReader:
         opened = cast("tuple[str, int, bool]", self._open)
         if self._child.process is None:
             self.open(*opened)
-        answer = self._asked({"read": str(window)}, opened[0])
-        shape, dtype = tuple(answer["shape"]), np.dtype(answer["dtype"])
-        data = self._child.read(int(np.prod(shape)) * dtype.itemsize, self._timeout_s)
-        return np.frombuffer(data, dtype).reshape(shape)
+        with self._turn():
+            answer = self._asked({"read": str(window)}, *opened[:2])
+            found = _refusal(answer)
+            if found is None:
+                height, width, *bands = map(int, answer["shape"])
+                dtype = np.dtype(str(answer["dtype"]))
+                if (height, width) != (window.height, window.width) or dtype.kind not in "uif" or min([1, *bands]) < 1:
+                    raise ValueError
+                size_bytes = height * width * math.prod(bands) * dtype.itemsize
+                pixels = np.frombuffer(self._child.read(size_bytes, self._timeout_s), dtype)
+        if found is not None:
+            raise found
+        return pixels.reshape((height, width, *bands))
 
     def close(self) -> None:
         """End the child."""
-        self._child.stop()
+        self._child.close()
 
-    def _asked(self, request: Mapping[str, Any], uri: str) -> dict[str, Any]:
-        is_whole = False
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """A question to the child, whose end in any other way is the scene's."""
         try:
-            self._child.send(request)
-            while "want" in (answer := self._child.line(self._timeout_s)):
-                self._child.send({}, [_range(uri, *answer["want"])])
-            is_whole = True
-        except (BrokenPipeError, EOFError):
-            raise BadImage("decoder_died", f"the decoder ended with {ending(self._child.stop())}") from None
+            with self._child.turn():
+                yield
+        except Died as error:
+            raise BadImage("decoder_died", f"the decoder {error}") from None
         except TimeoutError:
             raise BadImage("timeout", f"not decoded after {self._timeout_s:g} s") from None
         except (FileNotFoundError, IntegrityError, PermissionError) as error:
             raise BadImage("unreadable", str(error)) from None
-        finally:
-            if not is_whole:
-                self._child.stop()
-        if "reason" in answer:
-            reason = answer["reason"] if answer["reason"] in REASONS else "damaged"
-            raise BadImage(cast("Reason", reason), str(answer["detail"]))
+
+    def _asked(self, request: Mapping[str, Any], uri: str, size_bytes: int) -> dict[str, Any]:
+        self._child.send(request, (), self._timeout_s)
+        while "want" in (answer := self._child.answer(self._timeout_s)):
+            start, end = map(int, answer["want"])
+            if not 0 <= start < end <= size_bytes:
+                raise ValueError
+            self._child.send({}, [_range(uri, start, end)], self._timeout_s)
         return answer
 
 
 def _range(uri: str, start: int, end: int) -> memoryview:
     return storage.get_range(uri, start, end)
+
+
+def _refusal(answer: Mapping[str, Any]) -> BadImage | None:
+    if "reason" not in answer:
+        return None
+    reason = answer["reason"] if answer["reason"] in REASONS else "damaged"
+    return BadImage(cast("Reason", reason), str(answer["detail"]))
+
+
+def _profile(told: Mapping[str, Any]) -> Profile:
+    return Profile(**{**told, **{name: tuple(told[name]) for name in ("transform", "block_px", "names")}})
 
 
 class _Wanted(io.RawIOBase):
@@ -164,6 +189,7 @@ def serve() -> None:
     opened: _Opened | None = None
     while line := source.readline():
         head = json.loads(line)
+        allow(TIMEOUT_S + SPARE_S)
         answer: dict[str, Any]
         data: Any = b""
         try:

@@ -5,6 +5,7 @@ written last, so a unit that was cut off leaves nothing that counts and may run 
 """
 
 import collections
+import errno
 import hashlib
 import json
 import threading
@@ -30,6 +31,8 @@ STAGING = "_ingest"
 """Folder below the dataset for what is under way; gone after the commit."""
 _FILES_AT_ONCE = 2
 """Threads that read local files, to begin with: where the page cache has them, more only wait for the interpreter."""
+_readers: dict[str, int] = {}
+"""Source -> threads that read its local files, where these were too few: a disk that is slow, or far."""
 _FETCHES = 32  # an object store answers in 10 to 50 ms: one process needs about this many to keep a core busy
 _FILES_AHEAD = 8 * TOGETHER
 """Local files that are read ahead, those of a turn by one thread."""
@@ -191,16 +194,25 @@ def _fetched(source: str, rows: Sequence[dict[str, Any]]) -> Iterator[list[_Row]
     Objects of a store are asked for one by one. Local files are read by the turn, by few threads while these are ahead.
     """
     is_local = storage.is_local(source)
-    places = threading.Semaphore(_FILES_AT_ONCE if is_local else _FETCHES)
+    at_once = _readers.get(source, _FILES_AT_ONCE) if is_local else _FETCHES
+    places, turns_read = threading.Semaphore(at_once), 0
 
     def fetch(some: Sequence[dict[str, Any]]) -> list[_Row]:
         with places:
             return [(row, *_both(source, row)) for row in some]
 
     def fetched(futures: Sequence[Future[list[_Row]]]) -> list[_Row]:
-        if is_local and not futures[0].done():  # the disk is slow, or far: more at the same time
-            places.release()
+        nonlocal at_once, turns_read
+        turns_read += 1
+        if turns_read > 1 and at_once < _FETCHES and not all(future.done() for future in futures):
+            places.release(at_once)
+            at_once = _readers[source] = 2 * at_once
         return [row for future in futures for row in future.result()]
+
+    def parts_of(some: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+        """What one thread reads: a turn of files that are there at once, else so much less that all have some."""
+        each = max(1, len(some) * _FILES_AT_ONCE // at_once) if is_local else 1
+        return [some[first : first + each] for first in range(0, len(some), each)]
 
     waiting: collections.deque[tuple[int, int, list[Future[list[_Row]]]]] = collections.deque()
     files = size = 0
@@ -212,8 +224,7 @@ def _fetched(source: str, rows: Sequence[dict[str, Any]]) -> Iterator[list[_Row]
                     done, done_size, futures = waiting.popleft()
                     files, size = files - done, size - done_size
                     yield fetched(futures)
-                parts = [some] if is_local else [[row] for row in some]
-                waiting.append((len(some), some_size, [pool.submit(fetch, part) for part in parts]))
+                waiting.append((len(some), some_size, [pool.submit(fetch, part) for part in parts_of(some)]))
                 files, size = files + len(some), size + some_size
             while waiting:
                 yield fetched(waiting.popleft()[2])
@@ -235,6 +246,7 @@ def _both(source: str, row: Mapping[str, Any]) -> tuple[_Fetched, _Fetched | Non
     return _object(source, row["path"], row["size"]), mask
 
 
+_OF_ONE_FILE = (errno.EIO, errno.ESTALE, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 _PROBLEMS = {
     "missing": "listed, but no such file",
     "no_label": "no label, and other images have one",
@@ -251,3 +263,7 @@ def _object(source: str, path: str, size_bytes: int) -> _Fetched:
         return BadImage("unreadable", str(error))
     except StorageDenied as error:
         raise StorageDenied(f"{error} (reading an image of the source)") from None
+    except OSError as error:
+        if error.errno not in _OF_ONE_FILE:
+            raise
+        return BadImage("unreadable", str(error))

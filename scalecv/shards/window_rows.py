@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scalecv import raster, storage
 from scalecv.raster import PIXELS, Profile
 from scalecv.shards.decode import BadImage
-from scalecv.shards.examine import Facts, Note, examine, mask_place
+from scalecv.shards.examine import Facts, Note, Place, examine, mask_place
 from scalecv.shards.footprints import SCENE, place_of
 from scalecv.shards.plan import UnitSettings
 from scalecv.shards.record import Record
@@ -168,10 +168,10 @@ def _sample(
     return row | {"content": _content(part, nodata)}, data, mask, sha256, facts
 
 
-def _footprint(profile: Profile, scene: str, window: Window) -> list[Any]:
+def _footprint(profile: Profile, scene: str, window: Window) -> Place:
     """As `Facts` tells it, without what was filled up."""
     known = place_of(profile) or (SCENE + scene, PIXELS)
-    return [known[0], *raster.shifted(known[1], window.col, window.row), window.width, window.height]
+    return (known[0], *raster.shifted(known[1], window.col, window.row), window.width, window.height)
 
 
 def _content(pixels: NDArray[Any], nodata: float | None) -> str:

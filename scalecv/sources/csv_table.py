@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from scalecv import storage
 from scalecv.errors import ConfigError, DataError, nearest
-from scalecv.sources.found import Found, LeftOut, is_image, split_named
+from scalecv.sources.found import Found, LeftOut, is_image, odd, split_named
 
 PATH_COLUMNS = ("file", "path", "image", "filename", "file_name")
 LABEL_COLUMNS = ("label", "class", "class_id", "class_name")
@@ -72,7 +72,8 @@ def csv_table(uri: str, csv_name: str | None = None, group: str | None = None) -
         listing.execute("CREATE TABLE entry (path TEXT PRIMARY KEY, size INT, etag TEXT) WITHOUT ROWID")
         entries = storage.list_entries(folder)
         listing.executemany(
-            "INSERT INTO entry VALUES (?, ?, ?)", ((e.path, e.size_bytes, e.etag) for e in entries if is_image(e.path))
+            "INSERT INTO entry VALUES (?, ?, ?)",
+            ((e.path, e.size_bytes, e.etag) for e in entries if is_image(e.path) and not odd(e.path)),
         )
         first = list(itertools.islice(rows, 100))
         above = folder.rstrip("/").rpartition("/")[2] + "/"

@@ -9,6 +9,8 @@ from scalecv.errors import ConfigError
 from scalecv.schema import SPLITS
 
 IMAGE_ENDINGS = ("png", "jpg", "jpeg", "jpe", "jfif", "webp", "gif", "bmp", "dib", "tif", "tiff")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_ODD = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 SPLIT_NAMES: Mapping[str, str] = {s: s for s in SPLITS} | {"valid": "val", "validation": "val"}
 """Folder or column value -> split."""
 
@@ -43,6 +45,14 @@ class LeftOut:
 
     path: str
     why: str
+
+
+def odd(path: str) -> LeftOut | None:
+    """What to say of a path that cannot be written down: not UTF-8, or with control characters; None of all others."""
+    if not _ODD.search(path):
+        return None
+    shown = path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return LeftOut(_CONTROL.sub("?", shown), "a name that is not UTF-8, or holds control characters: rename it")
 
 
 def is_image(path: str) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 
 from scalecv import storage
 from scalecv.errors import DataError
-from scalecv.sources.found import Found, LeftOut, grouping, is_image, split_named
+from scalecv.sources.found import Found, LeftOut, grouping, is_image, odd, split_named
 
 
 def imagefolder(
@@ -26,6 +26,9 @@ def imagefolder(
     others = [name for name in tops if not split_named(name, split_folders or {}) and "." not in name]
     filled: set[str] = set()
     for entry in storage.list_entries(uri):
+        if strange := odd(entry.path):
+            yield strange
+            continue
         folders = entry.path.split("/")[:-1]
         filled.update("/".join(folders[:depth]) for depth in (1, 2))  # folders, of which there are few
         if not is_image(entry.path):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from scalecv import storage
 from scalecv.errors import DataError
-from scalecv.sources.found import Found, LeftOut, grouping, is_image, split_named
+from scalecv.sources.found import Found, LeftOut, grouping, is_image, odd, split_named
 
 IMAGE_FOLDERS = ("images", "image", "imgs", "img")
 MASK_FOLDERS = ("masks", "mask", "labels", "label", "annotations")
@@ -64,7 +64,7 @@ def _pairs(
         table.execute("PRAGMA journal_mode=OFF")
         table.execute("CREATE TABLE mask (stem TEXT PRIMARY KEY, path TEXT, size INT, etag TEXT) WITHOUT ROWID")
         for entry in storage.list_entries(storage.join(uri, prefix + mask_folder)):
-            if is_image(entry.path):
+            if is_image(entry.path) and not odd(entry.path):
                 row = (_stem(entry.path), f"{prefix}{mask_folder}/{entry.path}", entry.size_bytes, entry.etag)
                 try:
                     table.execute("INSERT INTO mask VALUES (?, ?, ?, ?)", row)
@@ -74,6 +74,9 @@ def _pairs(
                     ) from None
         for entry in storage.list_entries(storage.join(uri, prefix + image_folder)):
             path = f"{prefix}{image_folder}/{entry.path}"
+            if strange := odd(path):
+                yield strange
+                continue
             if not is_image(path):
                 yield LeftOut(path, "not an image by its name")
                 continue

@@ -99,7 +99,9 @@ def open_run(
 
 
 def withdraw(run: Run) -> None:
-    """Take back an attempt that was refused before its first step; nothing of it stays but a lock of the name."""
+    """Take back an attempt that was refused before its first step; one that has checkpoints is left as it is."""
+    if storage.list_names(storage.join(run.uri, "checkpoints")):
+        return
     shutil.rmtree(local_folder(run), ignore_errors=True)
     if not storage.is_local(run.uri):
         storage.delete(storage.join(run.uri, one.path) for one in storage.list_entries(run.uri))

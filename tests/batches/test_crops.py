@@ -37,7 +37,7 @@ def compare(made, seed, most=300):
     drawn = np.asarray(picture(height, width, seed=seed))
     data = simplejpeg.encode_jpeg(drawn, quality=30 + seed % 70, colorsubsampling=sampling)
     known = jpeg.header(data)
-    h, w = int(rng.integers(1, height + 1)), int(rng.integers(1, width + 1))
+    h, w = int(rng.integers(1, height + 1)), int(rng.integers(collate._NARROWEST, width + 1))
     box = (int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1)), h, w)
     side, flips = int(rng.choice([1, 8, 37, 64, 224])), int(rng.integers(0, 4))
     out = torch.full((side, side, 3), 99, dtype=torch.uint8).permute(2, 0, 1)

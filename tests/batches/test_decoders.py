@@ -30,7 +30,8 @@ def threads():
 def test_without_a_cluster_the_threads_decode(threads, monkeypatch):
     monkeypatch.setattr(decoders, "free_cpus", lambda: 0)  # another test may have left a cluster
     alone = Decoders(HOW, 2, "cluster", 1, Shared())
-    assert (alone.helpers, alone.notes) == (0, [])
+    said = "data.decode=cluster: no CPU of the cluster is free, 2 threads decode here"
+    assert (alone.helpers, alone.notes) == (0, [said])
     equal(alone.start(rows(), (3, 1)).wait()[0], threads.start(rows(), (3, 1)).wait()[0])
     alone.close()
 

@@ -8,7 +8,7 @@ import PIL.Image
 import pytest
 
 from scalecv.shards.decode import BadImage
-from scalecv.shards.examine import NOTES, band_sums, examine
+from scalecv.shards.examine import NOTES, SAMPLED_PIXELS, band_sums, examine
 from scalecv.shards.examiner import Examiner
 from scalecv.shards.record import BandSums
 from tests.shards.images import encoded, png
@@ -64,6 +64,21 @@ def test_nodata_in_some_bands_counts_and_is_told():
     pixels[0, 2, 0] = -9  # one in a hundred may be so by chance
     facts = examine("x.tif", tiff(pixels, nodata=-9))
     assert facts["pixels"] == 98 and "nodata_some" not in facts["notes"]
+
+
+@pytest.mark.parametrize("size_px", [(8400, 1200), (1200, 8400), (640, 480), (9000, 1)])
+def test_statistics_of_a_jpeg_are_those_of_all_of_it(size_px):
+    rng = np.random.default_rng(0)
+    pixels = np.kron(
+        rng.integers(0, 200, (size_px[1] // 8 + 1, size_px[0] // 8 + 1), np.uint8), np.ones((8, 8), np.uint8)
+    )
+    pixels = pixels[: size_px[1], : size_px[0]].copy()
+    pixels[: size_px[1] // 100] = 255  # a border
+    facts = examine("a.jpg", encoded(PIL.Image.fromarray(pixels), "JPEG", quality=95))
+    assert facts["pixels"] <= 4 * SAMPLED_PIXELS
+    assert facts["mean"][0] == pytest.approx(pixels.mean(), abs=3)
+    assert (facts["m2"][0] / facts["pixels"]) ** 0.5 == pytest.approx(pixels.std(), abs=3)
+    assert facts["min"][0] < 10 and facts["max"][0] > 190 and "constant" not in facts["notes"]
 
 
 def test_nan_and_nodata_do_not_count():

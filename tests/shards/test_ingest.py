@@ -364,3 +364,19 @@ def test_result_is_plain_data(source, tmp_path):
     }
     assert {"dataset", "version", "fingerprint", "rows", "quarantined", "splits"} <= set(result)
     assert time.strptime(open_dataset(result["dataset"]).manifest.created_at[:19], "%Y-%m-%dT%H:%M:%S")
+
+
+@pytest.mark.parametrize("layout", ["imagefolder", "masks"])
+def test_names_that_cannot_be_written_down_are_left_out_and_told(tmp_path, layout):
+    source = tmp_path / "source"
+    for number, name in enumerate([b"a.png", b"caf\xe9.png", b"two\nlines.png", "größe 1.png".encode()]):
+        for folder in ("one",) if layout == "imagefolder" else ("images", "masks"):
+            place = os.path.join(os.fsencode(source), folder.encode(), name)
+            os.makedirs(os.path.dirname(place), exist_ok=True)
+            data = png(number, mode="L") if folder == "masks" else png(number)
+            with open(place, "wb") as file:
+                file.write(data)
+    done = ingest(IngestOptions(source=str(source), to=str(tmp_path / "ds"), layout=layout, concurrency=0))
+    assert done.rows == 2
+    (said,) = [one for one in done.warnings if "not UTF-8" in one]
+    assert said.isprintable() and "2 files" in said and "rename" in said

@@ -3,19 +3,17 @@
 import json
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 
 import PIL.Image
-import pytest
 
 from scalecv import storage
-from scalecv.errors import ScalecvError
 from scalecv.shards import dispatch, plan, unit
-from scalecv.shards.child import Child
 from scalecv.shards.decode import BadImage
 from scalecv.shards.examine import SAMPLED_PIXELS, examine
-from scalecv.shards.examiner import TOGETHER, TOGETHER_BYTES, Examiner, turns
+from scalecv.shards.examiner import TOGETHER, Examiner, turns
 from scalecv.sources.found import Found
 from scalecv.testing.servers import S3Server
 from scalecv.testing.store_proxy import Faults, StoreProxy
@@ -54,10 +52,11 @@ def test_large_jpegs_are_sampled_and_all_else_is_counted():
     whole = examine("a.png", encoded(photo, "PNG"))
     some = examine("a.jpg", encoded(photo, "JPEG", quality=100, subsampling=0))
     assert whole["pixels"] == 240_000 and SAMPLED_PIXELS <= some["pixels"] < 2 * SAMPLED_PIXELS
-    assert all(abs(a - b) < 1 for a, b in zip(whole["mean"], some["mean"], strict=True))
+    # The standard error of the mean of so many pixels is 0.6.
+    assert all(abs(a - b) < 3 for a, b in zip(whole["mean"], some["mean"], strict=True))
     lonely = PIL.Image.new("RGB", (600, 400), (9, 9, 9))
     assert set(examine("a.jpg", encoded(lonely, "JPEG"))["notes"]) == {"constant"}
-    lonely.paste((250, 250, 250), (0, 1, 600, 7))  # between the rows that are counted
+    lonely.paste((250, 250, 250), (0, 5, 600, 11))  # between the rows that are counted
     assert "constant" not in examine("a.jpg", encoded(lonely, "JPEG", quality=100))["notes"]
 
 
@@ -124,34 +123,32 @@ def test_runs_of_rows_are_bounded():
     assert sizes == [64, 64, 64, 8, 1, 2]
 
 
-def test_modules_that_lie_among_the_images_are_not_imported(tmp_path, monkeypatch):
-    for name in ("json", "numpy", "simplejpeg", "scalecv"):
-        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w')")
-    monkeypatch.chdir(tmp_path)
-    examiner = Examiner()
-    try:
-        assert examiner.examine("a.png", png(1))["width"]
-    finally:
-        examiner.close()
-    assert not (tmp_path / "imported").exists()
+def test_a_file_that_cannot_be_read_is_set_aside(tmp_path):
+    (tmp_path / "folder.png").mkdir()
+    assert unit._object(str(tmp_path), "folder.png", 10).reason == "unreadable"
+    assert unit._object(str(tmp_path), "x" * 300, 10).reason == "unreadable"
 
 
-def test_a_decoder_that_does_not_start_is_one_error_and_no_reason_to_set_images_aside():
-    with pytest.raises(ScalecvError, match=r"did not start \(exit code 1\)"):
-        Child("scalecv.shards.nowhere:serve").send({})
+def test_a_slow_disk_is_read_by_more_threads(tmp_path, monkeypatch):
+    source = class_folders(tmp_path / "source", classes=1, each=600)
+    rows = [row(f"class0/{i:04d}.png", (source / f"class0/{i:04d}.png").read_bytes()) for i in range(600)]
+    read, most = storage.get, [0, 0]
+    lock = threading.Lock()
 
+    def slow(*args):
+        with lock:
+            most[0] += 1
+            most[1] = max(most)
+        time.sleep(0.01)
+        try:
+            return read(*args)
+        finally:
+            with lock:
+                most[0] -= 1
 
-def test_samples_come_by_shared_memory_or_by_pipe(monkeypatch):
-    samples = [(f"{number}.png", png(number, (64, 64)), None) for number in range(5)]
-    large = ("large.png", png(9, (900, 900)), png(9, (900, 900), "L"))
-    assert len(large[1]) > TOGETHER_BYTES
-    examiner = Examiner()
-    monkeypatch.delattr("os.memfd_create")
-    by_pipe = Examiner()
-    try:
-        found = [*examiner.examine_all([*samples, large])]
-        assert found == [*by_pipe.examine_all([*samples, large])]
-        assert [one["width"] for one in found[:5]] == [64] * 5
-    finally:
-        for one in (examiner, by_pipe):
-            one.close()
+    assert len([one for some in unit._fetched(str(source), rows) for one in some]) == 600
+    monkeypatch.setattr(storage, "get", slow)
+    for _ in range(2):
+        fetched = [one[0]["path"] for some in unit._fetched(str(source), rows) for one in some]
+        assert fetched == [one["path"] for one in rows]
+    assert most[1] >= 16 and unit._readers.pop(str(source)) == 32
