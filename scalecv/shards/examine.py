@@ -48,15 +48,19 @@ NOTES: Final[dict[Note, str]] = {
 
 MAX_MASK_VALUES = 256
 SAMPLED_PIXELS = 1 << 13
-"""Pixels of a JPEG that statistics take at least; of a larger one they take some rows, spread over its height."""
+"""Pixels of a JPEG that statistics take, about; of a larger one they take some rows, spread over its height."""
 _ROWS = 48
-"""Of these rows at least, every few columns where that is many pixels."""
+"""Of these rows at least."""
+_RUNS = 8
+"""Runs of columns of each row, where all of it would be many pixels; single columns take longer to copy than to add."""
 _KEPT_BYTES = 24 << 20
 _LARGE_PIXELS = 64_000_000
 _MIXED = 0.01
 """Share of pixels with nodata in some bands above which it is told: a dark pixel may be 0 in one band by chance."""
 _THIN = 20
-_ACROSS = 256
+_ACROSS = 512
+_HANDY = (64, 8192)
+"""Widths of images whose rows are added as they are; others are cut into rows of _ACROSS, and what is left over."""
 _DOWN = 64
 _ENDINGS = {
     "PNG": ("png",),
@@ -195,7 +199,7 @@ def band_sums(pixels_NC: NDArray[Any], width: int | None = None) -> BandSums:
         zeros = [0.0] * bands
         return {"pixels": 0, "mean": zeros, "m2": zeros, "min": zeros, "max": zeros}
     if pixels_NC.dtype == np.uint8:
-        is_handy = width is not None and _ACROSS <= width <= 16 * _ACROSS
+        is_handy = width is not None and _HANDY[0] <= width <= _HANDY[1]
         return _byte_sums(pixels_NC, width if width is not None and is_handy else _ACROSS)
     mean = pixels_NC.mean(axis=0, dtype=np.float64)
     m2 = np.zeros(bands)
@@ -247,13 +251,17 @@ def _histogram(values_N: NDArray[Any]) -> NDArray[Any]:
 
 
 def _sampled(pixels: NDArray[Any]) -> NDArray[Any]:
-    """Some rows and columns of [H, W, C], spread evenly; all where they are few."""
+    """Some rows of [H, W, C], and of wide ones some runs of columns, spread evenly; all where they are few."""
     height, width, _ = pixels.shape
     if height * width <= SAMPLED_PIXELS:
         return pixels
     rows = min(height, max(_ROWS, SAMPLED_PIXELS // width))
-    step = max(1, rows * width // SAMPLED_PIXELS)
-    return pixels[(2 * np.arange(rows) + 1) * height // (2 * rows), :][:, step // 2 :: step]
+    picked: NDArray[Any] = pixels[(2 * np.arange(rows) + 1) * height // (2 * rows)]
+    if rows * width <= 4 * SAMPLED_PIXELS:
+        return picked
+    run = -(-SAMPLED_PIXELS // (rows * _RUNS))
+    starts = (2 * np.arange(_RUNS) + 1) * width // (2 * _RUNS) - run // 2
+    return np.concatenate([picked[:, start : start + run] for start in starts.tolist()], axis=1)
 
 
 def _counted(
