@@ -87,7 +87,7 @@ def predict(
         predicted, or storage or the model failed.
     """
     source, to = storage.absolute(source), storage.absolute(to)
-    uri = tracking.lookup(model)
+    uri = storage.absolute(tracking.lookup(model))
     facts = bundle.read_facts(uri)
     windows = windows_for(facts.pixels.size_px, facts.pixels.sides_px, tile, overlap)
     if windows.overlap_px >= windows.side_px:

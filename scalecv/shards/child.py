@@ -253,7 +253,8 @@ def serving() -> tuple[IO[bytes], IO[bytes]]:
 def allow(seconds: float) -> None:
     """In the child: that much more CPU time, then the kernel ends it; nobody else would, were its parent gone."""
     used = resource.getrusage(resource.RUSAGE_SELF)
-    resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime + seconds) + 1, resource.RLIM_INFINITY))
+    until, hard = int(used.ru_utime + used.ru_stime + seconds) + 1, resource.getrlimit(resource.RLIMIT_CPU)[1]
+    resource.setrlimit(resource.RLIMIT_CPU, (until if hard == resource.RLIM_INFINITY else min(until, hard), hard))
 
 
 def reply(target: IO[bytes], answer: Any, data: Any = b"") -> None:
