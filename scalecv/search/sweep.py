@@ -133,6 +133,9 @@ class _Sweep:
         written = {key: flat[key] for key in written_keys(experiment) if key in flat}
         error = ERROR / 2**ledger.verdicts_before  # all together err seldom, however often it goes on
         self.plan = Plan(search, experiment.train.epochs, sign, *ledger.rung, written, error)
+        # What a trial's process finds in its own folder and environment may be another place.
+        uri = tracking.tracking_uri(experiment.track.uri)
+        self.place = {"uri": uri} if storage.without_secrets(uri) == uri else {}
         self.devices = max(1, experiment.scale.workers)
         self.under_way = UnderWay(self.devices)
         self.failure = ""
@@ -277,7 +280,7 @@ class _Sweep:
         drawn = self._drawn  # just now, where it is of this trial
         is_known = drawn is not None and drawn.overrides is trial.overrides
         made = drawn.experiment if drawn and is_known else resolve(self.experiment, trial.overrides)
-        track = made.track.model_copy(update={"storage": storage.join(self.ledger.home, "runs")})
+        track = made.track.model_copy(update={"storage": storage.join(self.ledger.home, "runs"), **self.place})
         later = 0 if trial.seed is None else 1 + trial.seed  # the race never uses the seed of the search
         return made.model_copy(update={"name": self._name(trial), "track": track, "seed": made.seed + later})
 

@@ -363,6 +363,28 @@ def test_what_cannot_work_is_told_before_anything_is_written(shapes, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_trials_tell_mlflow_where_the_sweep_does(shapes, tmp_path, monkeypatch):
+    """Though their processes have another folder, and another environment."""
+    from scalecv.search.approval import approval
+    from scalecv.search.ledger import Ledger
+    from scalecv.search.sweep import _alike, _Sweep
+    from scalecv.shards.store import open_dataset
+
+    base = _alike(write(shapes, tmp_path))
+    approve = approval(open_dataset(base.data.uri).manifest)
+
+    def place() -> str:
+        sweep = _Sweep(base, Ledger(str(tmp_path / "home"), base), approve, lambda _: None)
+        found = sweep.suggest("one")
+        sweep.ended("one", None)
+        sweep.record.end("FINISHED")
+        return json.loads(found["experiment"])["track"]["uri"]
+
+    assert place() == f"sqlite:///{tmp_path}/mlruns.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/other.db")
+    assert place() == f"sqlite:///{tmp_path}/other.db"
+
+
 def test_a_record_that_is_none_is_told(shapes, tmp_path):
     from scalecv.errors import DataError
     from scalecv.search.ledger import Ledger
