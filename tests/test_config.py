@@ -126,6 +126,17 @@ def test_shipped_schema_is_current():
     assert json.loads((ROOT / "experiments/schema.json").read_text()) == config.json_schema()
 
 
+@pytest.mark.parametrize("file", sorted((ROOT / "experiments").glob("search_*.yaml")), ids=lambda p: p.name)
+def test_the_networks_that_a_shipped_search_chooses_from_are_there(file):
+    from scalecv.train.checks import check_names
+
+    experiment = config.load(file)
+    tree = experiment.model_dump(mode="json", exclude={"search"})
+    for key in ("model.arch", "model.encoder"):
+        for value in experiment.search.space[key].choice if key in experiment.search.space else ():
+            check_names(config.build(config.with_overrides(tree, {key: value}), file.name))
+
+
 @pytest.mark.parametrize("file", sorted((ROOT / "experiments").glob("*.yaml")), ids=lambda p: p.name)
 def test_shipped_experiments_are_valid(file):
     experiment = config.load(file)
