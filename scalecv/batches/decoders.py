@@ -38,9 +38,15 @@ class Shared:
         self.blocks = Blocks()
         self.is_asked = False
         """Whether CPUs of the cluster were asked to decode."""
-        self.is_told = False
-        """Whether it was said that decoded images are kept."""
+        self._said: set[str] = set()
         self._ready, self._called, self._lock = 0, list[Any](), threading.Lock()
+
+    def once(self, about: str, note: str) -> list[str]:
+        """The note, if none about the same was given to another feed."""
+        with self._lock:
+            is_new = about not in self._said
+            self._said.add(about)
+        return [note] if is_new else []
 
     def ask(self, count: int) -> None:
         """Have processes of the cluster import what decoding needs: that takes seconds, which no batch waits for."""
@@ -91,9 +97,8 @@ class Decoders:
         """What was chosen and why; taken by whoever tells it."""
         self.given_away = 0
         """Batches that tasks decoded."""
-        if pixels and not shared.is_told:
-            shared.is_told = True
-            self.notes.append(pixels.told)
+        if pixels:
+            self.notes += shared.once("pixels", pixels.told)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self._pool.submit(crops.load)  # while the first row groups are read
         self._here, self._away = 0, 0
@@ -112,9 +117,10 @@ class Decoders:
             count = max(1, free // self.ranks)
             self.shared.ask(count)
             self.notes.append(f"{why}: {count} free CPUs of the cluster decode beside {self.threads} threads")
-        elif self.mode == "cluster" and not self.shared.is_told:
-            self.shared.is_told = True
-            self.notes.append(f"{why}: no CPU of the cluster is free, {self.threads} threads decode here")
+        elif self.mode == "cluster":
+            self.notes += self.shared.once(
+                "no CPU", f"{why}: no CPU of the cluster is free, {self.threads} threads decode here"
+            )
 
     def start(self, rows: list[Row], seeds: tuple[int, int] | None) -> Pending:
         """Begin with a batch."""

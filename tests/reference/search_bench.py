@@ -11,6 +11,7 @@ See `search_sim` for the curves.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -150,23 +151,9 @@ def starts(trials: int) -> Iterator[str]:
 
 def _started(trials: int) -> None:
     """A real sweep of one epoch a trial."""
-    import ray
-
-    from scalecv import config
     from scalecv.search.sweep import _Sweep, tune
-    from scalecv.shards.ingest import IngestOptions, ingest
-    from tests import make
 
-    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        make.shapes(Path("images"))
-        ingest(IngestOptions(source="images", to="data", layout="imagefolder", concurrency=0))
-        space = {"train.lr": {"loguniform": [1e-4, 1e-1]}, "model.norm": {"choice": ["group", "batch"]}}
-        tree = {"name": "sweep", "task": "classify", "data": {"uri": f"{folder}/data"}, "model": {"arch": "resnet18"}}
-        search = {"trials": trials, "space": space, "finalists": 0, "scheduler": "none", "concurrent": 1}
-        train = {"epochs": 1, "batch": 16, "threads": 1}
-        experiment = config.build({**tree, "train": train, "search": search, "scale": {"workers": 0}}, "bench")
+    with _experiment({"trials": trials, "concurrent": 1}, {"epochs": 1, "batch": 16, "threads": 1}) as (_, experiment):
         decided: list[float] = []
         suggest = _Sweep.suggest
 
@@ -196,6 +183,26 @@ def _in_process(way: Callable[[int], None], trials: int) -> dict[str, Any]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
+@contextlib.contextmanager
+def _experiment(search: dict[str, Any], train: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """A new folder in which the command stands, with Ray, a dataset of shapes and an experiment that searches on it."""
+    import ray
+
+    from scalecv import config
+    from scalecv.shards.ingest import IngestOptions, ingest
+    from tests import make
+
+    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        make.shapes(Path("images"))
+        ingest(IngestOptions(source="images", to="data", layout="imagefolder", concurrency=0))
+        space = {"train.lr": {"loguniform": [1e-4, 1e-1]}, "model.norm": {"choice": ["group", "batch"]}}
+        tree = {"name": "sweep", "task": "classify", "data": {"uri": f"{folder}/data"}, "model": {"arch": "resnet18"}}
+        search = {"space": space, "finalists": 0, "scheduler": "none", **search}
+        yield folder, config.build({**tree, "train": train, "search": search, "scale": {"workers": 0}}, "bench")
+
+
 def _bare(trials: int) -> None:
     """Ray Tune alone: as many samples of a function that reports once."""
     import ray
@@ -220,26 +227,14 @@ def _bare(trials: int) -> None:
 
 def _ours(trials: int) -> None:
     """A sweep of the product whose segments do nothing."""
-    import ray
-
-    from scalecv import config
     from scalecv.search import ray_tune
     from scalecv.search.approval import approval
     from scalecv.search.ledger import Ledger
     from scalecv.search.sweep import _alike, _Sweep
-    from scalecv.shards.ingest import IngestOptions, ingest
     from scalecv.shards.store import open_dataset
-    from tests import make
 
-    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        make.shapes(Path("images"))
-        ingest(IngestOptions(source="images", to="data", layout="imagefolder", concurrency=0))
-        space = {"train.lr": {"loguniform": [1e-4, 1e-1]}, "model.norm": {"choice": ["group", "batch"]}}
-        tree = {"name": "sweep", "task": "classify", "data": {"uri": f"{folder}/data"}, "model": {"arch": "resnet18"}}
-        search = {"trials": trials, "space": space, "finalists": 0, "rung": "1epochs", "scheduler": "none"}
-        experiment = _alike(config.build({**tree, "train": {"epochs": 9}, "search": search}, "bench"))
+    with _experiment({"trials": trials, "rung": "1epochs"}, {"epochs": 9}) as (folder, experiment):
+        experiment = _alike(experiment)
         approve = approval(open_dataset(f"{folder}/data").manifest)
         sweep = _Sweep(experiment, Ledger(f"{folder}/home", experiment), approve, lambda _: None)
         own = [0.0]
