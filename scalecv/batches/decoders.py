@@ -42,7 +42,7 @@ class Shared:
         self._ready, self._called, self._lock = 0, list[Any](), threading.Lock()
 
     def once(self, about: str, note: str) -> list[str]:
-        """The note, if none about the same was given to another feed."""
+        """The note, if no epoch before has given one about the same."""
         with self._lock:
             is_new = about not in self._said
             self._said.add(about)

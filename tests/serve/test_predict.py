@@ -355,7 +355,8 @@ def test_actors_give_what_one_process_gives(made, tmp_path, monkeypatch, ray_loc
     monkeypatch.chdir(tmp_path)  # where the network's own module lies
     model = made("segment", 4, "uint16", mean=2000.0, std=1500.0)
     here = run(model, tmp_path / "s", tmp_path / "here", tile=128)
-    there = run(model, tmp_path / "s", tmp_path / "there", tile=128, concurrency=1)
+    # By a path that only this process, whose folder it is in, understands.
+    there = run(Path(model).name, tmp_path / "s", tmp_path / "there", tile=128, concurrency=1)
     assert here.rows == there.rows == 3
     for i in range(3):
         a, b = (opened(tmp_path / n / f"{i}.tif")[0] for n in ("here", "there"))
