@@ -114,8 +114,11 @@ def _written(path: str, data: bytes | memoryview) -> Iterator[str]:
     """A durable temporary file beside `path`, removed unless it was moved away; then the folder is made durable."""
     folder = os.path.dirname(path)
     try:
-        _make_folder(folder)
-        handle, part = tempfile.mkstemp(dir=folder, prefix=PART)
+        try:
+            handle, part = tempfile.mkstemp(dir=folder, prefix=PART)
+        except (FileNotFoundError, NotADirectoryError):
+            _make_folder(folder)
+            handle, part = tempfile.mkstemp(dir=folder, prefix=PART)
     except OSError as error:
         raise _failure(path, error, len(data)) from None
     try:

@@ -1,7 +1,7 @@
 """Classification networks: torchvision's, timm's, our small resnet10, and one's own. Logits [B, K]."""
 
 from collections import OrderedDict
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from typing import Any
 
@@ -43,11 +43,12 @@ def build_with(arch: str, function: Any, **arguments: Any) -> nn.Module:
     return model
 
 
-def torchvision_names() -> list[str]:
+@cache
+def torchvision_names() -> tuple[str, ...]:
     """The names of torchvision's classification networks."""
     import torchvision.models
 
-    return list(torchvision.models.list_models(module=torchvision.models))
+    return tuple(torchvision.models.list_models(module=torchvision.models))
 
 
 def torchvision_builder(arch: str, known: list[str]) -> Any:

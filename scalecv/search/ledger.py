@@ -73,24 +73,21 @@ class Ledger:
             self._verdicts.append(self._asked)
             storage.put(storage.join(self.home, "verdicts.json"), json.dumps({"asked": self._verdicts}).encode())
 
-    def keep(self, trial: Trial, *, waits: bool = True) -> None:
-        """Have a record in its list, and write it.
+    def keep(self, trial: Trial) -> None:
+        """Have a record in its list, and write it in the background, after those before it.
 
-        Args:
-            trial: its record.
-            waits: until it is durable, as the beginning of a segment must be. What a segment ended with may be written
-                meanwhile: its run has it, too, and is asked again where the driver dies before.
-        Raises: StorageError, StorageDenied: this record, or one before it, could not be written.
+        A driver may die before it is written. What a segment ended with is in its run, which is asked again. Of a trial
+        that had begun nothing is known then: its number is drawn again, and its run, which has saved nothing in that
+        instant, is gone on with or passed over (`runs.open_run`).
+
+        Raises: StorageError, StorageDenied: a record before it could not be written.
         """
         folder, records = ("trials", self.trials) if trial.entrant is None else ("race", self.race)
         place = _place(self.home, folder, trial.number)
         for key in [key for key, done in self._written.items() if done.done() or key == place]:
             self._written.pop(key).result()
         records[trial.number : trial.number + 1] = [trial]
-        if waits:
-            _write(place, trial)
-        else:
-            self._written[place] = self._writer.submit(_write, place, trial)
+        self._written[place] = self._writer.submit(_write, place, trial)
 
     def settle(self) -> None:
         """Wait until every record is written. Raises: StorageError, StorageDenied: one could not be."""
@@ -107,6 +104,7 @@ class Ledger:
         for trial in [*self.trials, *self.race]:
             if trial.status == "running":
                 self.keep(replace(trial, status="waiting"))
+        self.settle()
 
 
 def read_trials(home: str) -> list[Trial]:

@@ -162,8 +162,14 @@ def best_of(plan: Plan, trials: Sequence[Trial]) -> Trial | None:
     return max(ended, key=lambda one: (plan.known(one).value, -one.number), default=None)
 
 
-def kept_s(plan: Plan, trials: Sequence[Trial]) -> float:
-    """Device-seconds of the budget that are kept to finish the best trial and to race it; 0 while nothing is known."""
+def kept_s(plan: Plan, trials: Sequence[Trial], left_s: float = math.inf) -> float:
+    """Device-seconds of the budget that are kept to finish the best trial and to race it; 0 while nothing is known.
+
+    Args:
+        plan: of the sweep.
+        trials: all records of the search.
+        left_s: device-seconds that are left of the budget; where they pay no race, nothing is kept for one.
+    """
     best = leader(plan, trials) if plan.search.budget_s is not None else None
     if best is None or plan.search.budget_s is None:
         return 0.0
@@ -173,7 +179,8 @@ def kept_s(plan: Plan, trials: Sequence[Trial]) -> float:
         return finish
     smallest, share_s = race_s(plan, trials, 1), RACE_SHARE * plan.search.budget_s
     race = min(race_s(plan, trials, plan.search.finalists), max(share_s, smallest))
-    return ROUNDING * (finish + race) if smallest < MOST_SHARE * plan.search.budget_s else finish
+    is_raced = smallest < MOST_SHARE * plan.search.budget_s and finish + smallest <= left_s
+    return ROUNDING * (finish + race) if is_raced else finish
 
 
 def finalists(plan: Plan, trials: Sequence[Trial], count: int) -> list[Trial]:

@@ -42,6 +42,8 @@ DEATHS = 2
 """Processes of one segment that may die (a spot machine, a memory limit) before its trial counts as failed."""
 DRAW_S = 120.0
 WATCH_S = 0.5
+STOP_S, STOP_SHARE = 20.0, 0.05
+"""Kept for each trial under way, which takes a step and a checkpoint to stop; and at most, of the budget."""
 NOTHING = 0.01
 """Share of the budget that is as good as nothing."""
 
@@ -207,7 +209,7 @@ class _Sweep:
             spent = max(spent, points[-1].device_s if points and trial.parent is None else 0.0)
             trial = replace(trial, points=points, device_s=spent, **outcome)
             try:
-                self.ledger.keep(trial, waits=False)
+                self.ledger.keep(trial)
             except ScalecvError as error:
                 self.failure = str(error)
             now = f"{self.metric} {points[-1].value:.4f} after epoch {trial.epochs}" if points else "no epoch has ended"
@@ -223,7 +225,12 @@ class _Sweep:
         found = next_segment(self.plan, self.ledger.trials, 0.0 if self.closing.is_set() else self._search_left_s())
         if found is not None or any(one.status == "running" for one in self.ledger.trials):
             return found
-        return next_heat(self.plan, self.ledger.trials, self.ledger.race, self._budget_left_s())
+        heat = next_heat(self.plan, self.ledger.trials, self.ledger.race, self._budget_left_s())
+        if heat is None and self.closing.is_set() and not self.ledger.race and self._search_left_s() > 0:
+            self.closing.clear()
+            self.record.say("what is left of search.budget pays no race: the search goes on with it")
+            return self._next()
+        return heat
 
     def _budget_left_s(self) -> float:
         if self.plan.search.budget_s is None:
@@ -231,7 +238,10 @@ class _Sweep:
         return self.plan.search.budget_s - self.ledger.device_s - self.under_way.held_s
 
     def _search_left_s(self) -> float:
-        return self._budget_left_s() - kept_s(self.plan, self.ledger.trials)
+        left_s = self._budget_left_s()
+        searching = sum(one.entrant is None for one in self.under_way.trials)
+        to_stop_s = min(STOP_S * self.devices * searching, STOP_SHARE * (self.plan.search.budget_s or 0.0))
+        return left_s - to_stop_s - kept_s(self.plan, self.ledger.trials, math.inf if self.ledger.race else left_s)
 
     def _next_drawn(self) -> Trial | None:
         """What runs next, with its values.

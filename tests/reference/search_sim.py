@@ -14,7 +14,7 @@ import numpy as np
 from scalecv.config.search import Search
 from scalecv.search.race import next_heat, standing_of
 from scalecv.search.report import verdict
-from scalecv.search.schedule import Plan, first_rung, kept_s, next_segment
+from scalecv.search.schedule import Plan, first_rung, kept_s, leader, next_segment
 from scalecv.search.trials import AS_WRITTEN, Point, Trial
 
 
@@ -58,15 +58,23 @@ def simulate(search: Search, world: World, workers: int = 2) -> tuple[Plan, list
     race: list[Trial] = []
     events: list[tuple[float, int, Trial, Trial]] = []
     now, count, closing = 0.0, 0, False
+
+    def left() -> float:
+        live = sum(now - _began(end, trial, more) for end, _, trial, more in events)
+        return (search.budget_s or math.inf) - sum(one.device_s for one in [*trials, *race]) - live
+
+    def explore() -> float:
+        return left() - kept_s(plan, trials, math.inf if race else left())
+
     while True:
-        while len(events) < workers:
-            live = sum(now - (end - more.device_s + trial.device_s) for end, _, trial, more in events)
-            left = (search.budget_s or math.inf) - sum(one.device_s for one in [*trials, *race]) - live
-            explore = left - kept_s(plan, trials)
-            closing = closing or explore <= 0
-            found = next_segment(plan, trials, 0.0 if closing else explore)
+        while len(events) < workers and left() > 0.01 * (search.budget_s or 0.0):
+            closing = closing or explore() <= 0
+            found = next_segment(plan, trials, 0.0 if closing else explore())
             if found is None and not any(one.status == "running" for one in trials):
-                found = next_heat(plan, trials, race, left)
+                found = next_heat(plan, trials, race, left())
+                if found is None and closing and not race and explore() > 0:
+                    closing = False  # what is left pays no race
+                    continue
             if found is None:
                 break
             trial = Trial(found, {}, until=plan.first(found)) if isinstance(found, int) else found
@@ -75,8 +83,31 @@ def simulate(search: Search, world: World, workers: int = 2) -> tuple[Plan, list
             heapq.heappush(events, (now + more.device_s - trial.device_s, count, trial, more))
         if not events:
             return plan, trials, race, now
+        searching = not closing and any(trial.entrant is None for _, _, trial, _ in events)
+        until = now + max(0.0, min(left(), explore() if searching else math.inf)) / len(events)
+        if until < events[0][0]:  # told to stop, all of them or those that are not the best
+            now = until
+            closing, best = True, leader(plan, trials) if left() > 1 else None
+            goes_on = [one for one in events if best and (one[2].entrant is not None or one[2].number == best.number)]
+            for event in events:
+                if event not in goes_on:
+                    _keep(trials if event[2].entrant is None else race, _stopped(now, *event))
+            events = goes_on
+            heapq.heapify(events)
+            continue
         now, _, _, trial = heapq.heappop(events)
         _keep(trials if trial.entrant is None else race, trial)
+
+
+def _began(end: float, trial: Trial, more: Trial) -> float:
+    return end - more.device_s + trial.device_s
+
+
+def _stopped(now: float, end: float, _: int, trial: Trial, more: Trial) -> Trial:
+    """A trial that was told to stop in the middle of its segment; its epochs that ended count."""
+    device_s = trial.device_s + now - _began(end, trial, more)
+    points = tuple(point for point in more.points if point.device_s <= device_s)
+    return replace(trial, status="waiting", points=points, device_s=device_s)
 
 
 def _keep(records: list[Trial], trial: Trial) -> None:

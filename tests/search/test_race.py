@@ -127,6 +127,16 @@ def test_what_is_kept_of_the_budget_is_enough_for_a_race():
             assert heats or 6 * whole > 0.6 * budget, (seed, budget)
 
 
+def test_a_budget_that_pays_no_race_goes_to_the_search():
+    unraced = 0
+    for seed in range(12):
+        search = Search(trials=400, budget="2000s", rung="1epochs", finalists=1)
+        _, trials, heats, _ = simulate(search, World(spread(seed), 9, 0.005, 0.007, seed))
+        unraced += not heats
+        assert heats or sum(one.device_s for one in trials) > 0.98 * 2000
+    assert 0 < unraced < 12
+
+
 def test_each_set_of_values_races_once_and_the_experiment_as_written_beside_them():
     plan = Plan(Search(finalists=3), 9, 1.0, 1.0, False, {"train.lr": 0.1})
     lrs = (0.1, 0.2, 0.2, 0.3, 0.4)

@@ -420,16 +420,16 @@ def test_records_that_are_written_meanwhile_come_in_turn_and_their_failure_is_to
     ledger = Ledger(home, experiment)
     for status in ("paused", "running", "paused", "running", "finished"):
         one = Trial(0, {"train.lr": 0.1}, status=status, points=(Point(1, 0.5, 2.0),))
-        ledger.keep(one, waits=status == "running")
-        ledger.keep(replace(one, number=1), waits=False)
+        ledger.keep(one)
+        ledger.keep(replace(one, number=1))
     ledger.settle()
     assert Ledger(home, experiment).trials == ledger.trials == [one, replace(one, number=1)]
     records = tmp_path / "home" / "trials"
     records.rename(tmp_path / "away")
     records.write_text("no folder")
-    ledger.keep(one, waits=False)
+    ledger.keep(one)
     with pytest.raises(StorageDenied, match=r"0000\.json: Not a directory"):
         ledger.settle()
-    ledger.keep(one, waits=False)
+    ledger.keep(one)
     with pytest.raises(StorageDenied, match=r"0000\.json: Not a directory"):
         ledger.keep(one)
