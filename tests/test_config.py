@@ -1,6 +1,10 @@
 """The experiment tree: overrides, origins, and one clear line for each mistake."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -83,6 +87,25 @@ def test_missing_keys_are_listed_at_once():
     with pytest.raises(ConfigError) as said:
         config.build({"name": "a"}, "e.yaml")
     assert str(said.value).count("is missing") == 3
+
+
+def test_the_space_of_a_search_is_set_like_any_key():
+    given = {"search.space.train.lr.uniform": [1e-4, 1e-2], "search.space.model.norm": {"choice": ["group", "batch"]}}
+    base = config.build(config.with_overrides(GOOD, given), "test")
+    assert base.search.space["train.lr"].uniform == (1e-4, 1e-2)
+    assert base.search.space["model.norm"].choice == ("group", "batch")
+    assert "null" not in config.dump(base).partition("space:")[2].partition("trials:")[0]
+    assert config.build(config.parse_yaml(config.dump(base), "dump"), "test") == base
+
+
+def test_ctrl_c_before_anything_began_is_told(tmp_path):
+    os.mkfifo(tmp_path / "experiment.yaml")  # is waited for
+    call = [sys.executable, "-m", "scalecv", "tune", str(tmp_path / "experiment.yaml")]
+    job = subprocess.Popen(call, stderr=subprocess.PIPE, text=True)
+    with open(tmp_path / "experiment.yaml", "w"):  # once it reads
+        job.send_signal(signal.SIGINT)
+        said = job.communicate(timeout=60)[1]
+    assert (job.returncode, said) == (75, "scalecv: stopped\n")
 
 
 def test_override_through_a_value_is_refused():

@@ -12,6 +12,9 @@ from scalecv.cli import bands, bench, data, experiments, operations, predictions
 from scalecv.cli.output import clean_streams, has_printed, keep_stdout_for_json, print_json
 from scalecv.errors import ScalecvError
 
+CTRL_C = 130
+"""What typer returns where Ctrl-C came outside of what handles it."""
+
 app = typer.Typer(
     add_completion=True,
     no_args_is_help=True,
@@ -51,8 +54,10 @@ def main() -> None:
     try:
         returned = app(standalone_mode=False)  # a typer.Exit comes back as its code
         code = returned if isinstance(returned, int) else 0
+        if code == CTRL_C:
+            code = _fail("stopped", 75)
     except typer.Abort:
-        code = 75
+        code = _fail("stopped", 75)
     except ScalecvError as error:
         code = _fail(error, error.exit_code)
     except KeyboardInterrupt:

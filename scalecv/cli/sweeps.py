@@ -36,7 +36,7 @@ def tune(
         return
     sys.stdout.write(table(swept.trials, swept.metric))
     if swept.best is not None:
-        display.line(f"best      {entrant_name(swept.best.number)}: {told(swept.best.overrides)}")
+        display.line(f"best      {entrant_name(swept.best.number)}{swept.score}: {told(swept.best.overrides)}")
         display.line(f"bundle    {swept.best.bundle}")
     display.line(f"verdict   {swept.verdict.sentence}")
     display.line(f"report    {swept.report}")

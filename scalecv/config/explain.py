@@ -5,6 +5,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from scalecv.config.experiment import Experiment
+from scalecv.config.search import Spec
 from scalecv.errors import nearest
 
 
@@ -17,12 +18,22 @@ def explain(where: str, problem: Any) -> str:
     if problem["type"] == "missing":
         return f"{where}: key '{key}' is missing"
     found = problem.get("input")
-    said = problem["msg"].removeprefix("Value error, ")
+    said = EXPECTED.get(problem["type"], problem["msg"].removeprefix("Value error, "))
+    if path[:2] == ["search", "space"] and len(path) == 3:
+        said = SPEC if problem["type"] == "model_type" else said
     said = said[0].lower() + said[1:]
     if not key or isinstance(found, dict) or "login" in said:
         return f"{where}: {key + ': ' if key else ''}{said}"
     return f"{where}: {key}={found!r}: {said}"
 
+
+EXPECTED = {
+    "tuple_type": "expected a list, as [a, b]",
+    "too_short": "expected more values",
+    "too_long": "expected fewer values",
+}
+"""What is expected where an error of pydantic has this type, in words of YAML."""
+SPEC = "expected how it is drawn, as {loguniform: [1e-4, 1e-2]} or {choice: [a, b]}"
 
 ELSEWHERE = {
     "learning_rate": "train.lr",
@@ -47,6 +58,8 @@ def _near_key(path: list[str]) -> str:
     known = _keys(Experiment)
     if path[-1] in ELSEWHERE:
         return f"; did you mean '{ELSEWHERE[path[-1]]}'?"
+    if path[:2] == ["search", "space"]:  # below a key that its author chose
+        known = [".".join([*path[:-1], name]) for name in Spec.model_fields]
     siblings = [k for k in known if k.rpartition(".")[0] == ".".join(path[:-1])]
     same = nearest(path[-1], [k.rpartition(".")[2] for k in siblings])
     if same:

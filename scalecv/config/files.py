@@ -11,8 +11,11 @@ from pydantic import ValidationError
 from scalecv.config.experiment import Experiment
 from scalecv.config.explain import explain
 from scalecv.config.network import MIXTURES
+from scalecv.config.search import Spec
 from scalecv.config.text import parse_yaml
 from scalecv.errors import ConfigError, nearest
+
+SPACE = "search.space."
 
 
 def parse_overrides(pairs: list[str]) -> dict[str, Any]:
@@ -40,7 +43,7 @@ def with_overrides(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> dic
     out = json.loads(json.dumps(tree, default=str))
     for dotted, value in overrides.items():
         node = out
-        *path, last = dotted.split(".")
+        *path, last = _parts(dotted)
         for part in path:
             node = node.setdefault(part, {})
             if not isinstance(node, dict):
@@ -49,6 +52,15 @@ def with_overrides(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> dic
     if not isinstance(out, dict):
         raise ConfigError("expected a mapping of keys")
     return out
+
+
+def _parts(dotted: str) -> list[str]:
+    """A dotted key by its levels; a key of the space holds dots itself."""
+    if not dotted.startswith(SPACE):
+        return dotted.split(".")
+    whole = dotted.removeprefix(SPACE)
+    key, _, way = whole.rpartition(".")
+    return ["search", "space", *([key, way] if way in Spec.model_fields else [whole])]
 
 
 def build(tree: Mapping[str, Any], where: str) -> Experiment:
@@ -106,8 +118,12 @@ def origins(path: str | Path, overrides: Mapping[str, Any]) -> Iterator[tuple[st
 
 
 def dump(experiment: Experiment) -> str:
-    """The experiment as YAML, every key written out."""
-    return yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """The experiment as YAML, every key written out but for those of a space, of which one is set."""
+    tree = experiment.model_dump(mode="json")
+    tree["search"]["space"] = {
+        key: spec.model_dump(mode="json", exclude_defaults=True) for key, spec in experiment.search.space.items()
+    }
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
 def json_schema() -> dict[str, Any]:

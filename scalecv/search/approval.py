@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from scalecv.config import Experiment
+from scalecv.errors import ConfigError, UserError
 from scalecv.shards.manifest import Manifest
 from scalecv.train.checks import check, check_names, check_network
 
@@ -13,7 +14,7 @@ NETWORK: Any = {"model": True, "data": True, "upscale": True, "train": {"batch",
 
 def approval(manifest: Manifest) -> Callable[[Experiment], None]:
     """A function that raises a UserError where an experiment cannot run on the data; each network is built once."""
-    built: set[str] = set()
+    built: dict[str, str] = {}  # network -> why it cannot be built, empty where it can
 
     def approve(one: Experiment) -> None:
         from scalecv.train.network import check_builds
@@ -23,7 +24,12 @@ def approval(manifest: Manifest) -> Callable[[Experiment], None]:
         check_network(one, manifest)
         network = one.model_dump_json(include=NETWORK)
         if network not in built:
-            check_builds(one, manifest)
-            built.add(network)
+            built[network] = ""
+            try:
+                check_builds(one, manifest)
+            except UserError as error:
+                built[network] = str(error)
+        if built[network]:
+            raise ConfigError(built[network])
 
     return approve

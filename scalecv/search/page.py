@@ -40,7 +40,9 @@ def page(swept: Swept, pictures: Mapping[str, bytes], experiment: str) -> str:
         if name in pictures
     )
     best = (
-        "" if swept.best is None else f"<p>To use: {_named(swept.best)}<br><code>{escape(swept.best.bundle)}</code></p>"
+        ""
+        if swept.best is None
+        else f"<p>To use: {_named(swept.best, swept.score)}<br><code>{escape(swept.best.bundle)}</code></p>"
     )
     spent = (
         f"{len(swept.trials)} trials and {len(swept.race)} trainings of the race, {swept.device_s:,.0f} device-seconds"
@@ -53,8 +55,8 @@ def page(swept: Swept, pictures: Mapping[str, bytes], experiment: str) -> str:
     )
 
 
-def _named(trial: Trial) -> str:
-    return f"<strong>{entrant_name(trial.number)}</strong> {escape(told(trial.overrides))}"
+def _named(trial: Trial, score: str) -> str:
+    return f"<strong>{entrant_name(trial.number)}</strong>{escape(score)}: {escape(told(trial.overrides))}"
 
 
 def _race(swept: Swept) -> str:

@@ -1,5 +1,6 @@
 """How a sweep stands: as a verdict, as a table, as JSON."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -47,9 +48,30 @@ class Swept:
     report: str = ""
     """URI of the page that shows it all."""
 
+    @property
+    def score(self) -> str:
+        """Of the best one, in words; empty where it has none."""
+        from scalecv.tasks.task import is_cost
 
-def verdict(race: Standing, metric: str, best: Trial | None, search: Search) -> Verdict:
-    """The verdict of a race that is over."""
+        if self.best is None:
+            return ""
+        mean = (self.verdict.means or {}).get(self.best.number)
+        if mean is not None:
+            return f", {self.metric} {mean:.4f} over {self.verdict.seeds} new seeds"
+        sign = -1.0 if is_cost(self.metric) else 1.0
+        return f", {self.metric} {sign * self.best.value(sign):.4f}" if self.best.points else ""
+
+
+def verdict(race: Standing, metric: str, best: Trial | None, search: Search, least_s: float = 0.0) -> Verdict:
+    """The verdict of a race that is over.
+
+    Args:
+        race: how it stands.
+        metric: the objective.
+        best: of the trials that were trained to their end.
+        search: of the experiment.
+        least_s: device-seconds of a budget that has room for a race, where there was none.
+    """
     if search.scheduler == "pbt":
         return Verdict("not raced: values change on the way with search.scheduler=pbt, so no seed can repeat a trial")
     if not search.finalists:
@@ -57,7 +79,9 @@ def verdict(race: Standing, metric: str, best: Trial | None, search: Search) -> 
     if race.needs:
         return Verdict("the race has not ended: search.budget is spent, a larger one goes on with it")
     if not race.order:
-        return Verdict("not raced: search.budget had no room for it" if best else "no trial was trained to its end")
+        what = f"search.budget={search.budget} had no room for it" if best else "no trial was trained to its end"
+        more = f"; with search.budget={math.ceil(1.1 * least_s / 60)}m the same command has room" if least_s else ""
+        return Verdict(f"not raced: {what}{more}")
     first = race.order[0]
     told = Verdict("", None, race.pairs, dict(race.means), race.order, race.seeds, 1 - race.error)
     if len(race.order) < 2 or not race.pairs:

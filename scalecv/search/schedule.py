@@ -201,6 +201,12 @@ def race_s(plan: Plan, trials: Sequence[Trial], count: int) -> float:
     return FEWEST * (sum(prices) + max(prices)) if prices else 0.0
 
 
+def least_budget_s(plan: Plan, trials: Sequence[Trial]) -> float:
+    """Device-seconds of the whole sweep that would have room for the smallest race; 0 while nothing is known."""
+    smallest = race_s(plan, trials, 1)
+    return max(smallest / MOST_SHARE, sum(one.device_s for one in trials) + ROUNDING * smallest) if smallest else 0.0
+
+
 def price_s(plan: Plan, trial: Trial) -> float:
     """Device-seconds of a whole training like that of a trial, by what it took so far, with its starts."""
     if not trial.points:

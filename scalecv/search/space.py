@@ -42,9 +42,10 @@ def draw(
         approve: raises a UserError where an experiment cannot run.
         values: gives the values of the attempts, the first that can run is taken; None draws at random.
         tried: values that are passed over.
-    Raises: ConfigError: none of 100 attempts gave an experiment that can run; the message has the last reason.
+    Raises: ConfigError: none of 100 attempts gave an experiment that can run; the message has the last reason, and
+        nothing else where it was always the same.
     """
-    left_out: list[str] = []
+    left_out, why = list[str](), list[str]()
     for attempt in range(TRIES):
         overrides = (values or at_random)(base, number, attempt)
         if overrides in tried:
@@ -53,12 +54,43 @@ def draw(
             made = resolve(base, overrides)
             approve(made)
         except UserError as error:
-            left_out.append(f"{told(overrides)}: {str(error).splitlines()[0]}")
+            why.append(str(error).splitlines()[0])
+            left_out.append(f"{told(overrides)}: {why[-1]}")
             continue
         return Drawn(overrides, made, tuple(dict.fromkeys(left_out)))
     if len(left_out) < TRIES:
         return None
+    if len(set(why)) == 1:  # no matter of what was drawn
+        raise ConfigError(why[0])
     raise ConfigError(f"none of {TRIES} draws of search.space can run, such as {left_out[-1]}")
+
+
+def check_choices(base: Experiment, approve: Callable[[Experiment], object]) -> None:
+    """See that each value of a choice can be tried at all.
+
+    Raises: ConfigError: one can run in no draw; the message has the last reason.
+    """
+    for key, spec in base.search.space.items():
+        for value in spec.choice or ():
+            alone = {**base.search.space, key: spec.model_copy(update={"choice": (value,)})}
+            search = base.search.model_copy(update={"space": alone})
+            narrowed, why = base.model_copy(update={"search": search}), ""
+            for attempt in range(TRIES):
+                overrides = at_random(narrowed, 0, attempt)
+                if key not in overrides:
+                    continue
+                try:
+                    approve(resolve(base, overrides))
+                except UserError as error:
+                    why = f"{told(overrides)}: {str(error).splitlines()[0]}"
+                    continue
+                why = ""
+                break
+            if why:
+                raise ConfigError(
+                    f"search.space.{key}: {value!r} can run in no draw, such as {why}. Take it out; or mend the "
+                    "experiment, whose values hold for keys of the space that are not set (`when`)"
+                )
 
 
 def resolve(base: Experiment, overrides: dict[str, Scalar]) -> Experiment:

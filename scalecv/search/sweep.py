@@ -25,14 +25,15 @@ from scalecv.search.ledger import Ledger
 from scalecv.search.race import Standing, next_heat, standing_of
 from scalecv.search.record import Record
 from scalecv.search.report import Swept, best_trial, entrant_name, verdict
-from scalecv.search.schedule import ERROR, Plan, best_of, kept_s, leader, next_segment
+from scalecv.search.schedule import ERROR, Plan, best_of, kept_s, leader, least_budget_s, next_segment
 from scalecv.search.searchers import check_living, perturbed, runnable, values_of, written_keys
 from scalecv.search.segment import run_segment
-from scalecv.search.space import Drawn, draw, resolve, told
+from scalecv.search.space import Drawn, check_choices, draw, resolve, told
 from scalecv.search.trials import Point, Trial
 from scalecv.search.under_way import UnderWay
 from scalecv.shards.store import open_dataset
 from scalecv.train import runs
+from scalecv.train.checks import check_metric
 from scalecv.train.job import Pause
 from scalecv.train.run import same_everywhere
 from scalecv.train.signals import stop_on_signals
@@ -71,6 +72,9 @@ def tune(
     if experiment.search.scheduler == "pbt":
         check_living(experiment)
     draw(experiment, 0, approve)  # a space that cannot work is told before anything is written
+    if not storage.list_names(runs.home(experiment), limit=1):
+        tell({"kind": "progress", "message": "seeing that each choice of search.space can be tried"})
+        check_choices(experiment, approve)
     storage.check_writable(runs.home(experiment))
     with runs.lease(experiment):
         ledger = Ledger(runs.home(experiment), experiment, dataset.version)
@@ -96,6 +100,8 @@ def _alike(experiment: Experiment) -> Experiment:
         )
     if experiment.search.cost and experiment.upscale.factor > 1:
         raise ConfigError("search.cost counts networks, and this experiment has a stage before its own: leave it out")
+    if experiment.search.metric:
+        check_metric(metric, "search.metric", experiment.task)
     train = experiment.train.model_copy(update={"metric": metric})
     workers = experiment.scale.workers if experiment.scale.workers > 1 else 0
     scale = experiment.scale.model_copy(update={"workers": workers, "min_workers": None})
@@ -153,6 +159,8 @@ class _Sweep:
             if self._next() is not None:
                 self._run_tune(code_dirs)
                 self.ledger.wake()
+            elif self._is_spent():
+                self.record.say(f"search.budget={self.plan.search.budget} is spent: a larger one goes on")
             if self.failure:
                 raise ScalecvError(self.failure)
             if self._next() is not None:
@@ -191,6 +199,8 @@ class _Sweep:
                 self.failure = str(error)
                 return FINISHED
             self.under_way.begin(tune_id, trial)
+        how = f"goes on after epoch {trial.epochs}" if trial.points else f"begins: {told(trial.overrides)}"
+        self.record.say(f"{self._told(trial)} {how}")
         until = None if trial.until is None else (trial.until, self.plan.in_seconds)
         return {"until": until, "experiment": json.dumps(self._of(trial).model_dump(mode="json"))}
 
@@ -213,14 +223,14 @@ class _Sweep:
             except ScalecvError as error:
                 self.failure = str(error)
             now = f"{self.metric} {points[-1].value:.4f} after epoch {trial.epochs}" if points else "no epoch has ended"
-            self.record.say(f"{self._told(trial)} {trial.status}: {told(trial.overrides)}: {trial.cause or now}")
+            self.record.say(f"{self._told(trial)} {trial.status}: {trial.cause or now}")
             self.record.stand()
             if trial.status == "failed":
                 self.failure = self.failure or hopeless(self.ledger.trials, self.experiment.name) or ""
 
     def _next(self) -> Trial | int | None:
         """What runs next, of the search and then of the race."""
-        if self.spent_all.is_set() or self._budget_left_s() < NOTHING * (self.plan.search.budget_s or 0.0):
+        if self.spent_all.is_set() or self._is_spent():
             return None
         found = next_segment(self.plan, self.ledger.trials, 0.0 if self.closing.is_set() else self._search_left_s())
         if found is not None or any(one.status == "running" for one in self.ledger.trials):
@@ -231,6 +241,9 @@ class _Sweep:
             self.record.say("what is left of search.budget pays no race: the search goes on with it")
             return self._next()
         return heat
+
+    def _is_spent(self) -> bool:
+        return self._budget_left_s() < NOTHING * (self.plan.search.budget_s or 0.0)
 
     def _budget_left_s(self) -> float:
         if self.plan.search.budget_s is None:
@@ -307,7 +320,8 @@ class _Sweep:
         places = {one.replaces: one.number for one in self.ledger.trials if one.replaces is not None}
         trials = tuple(_as_ended(one, places.get(one.number)) for one in self.ledger.trials)
         about = (self.ledger.key, self.experiment.name, self.metric)
-        found = verdict(self._standing(), self.metric, best_of(self.plan, trials), self.plan.search)
+        least_s = least_budget_s(self.plan, trials)
+        found = verdict(self._standing(), self.metric, best_of(self.plan, trials), self.plan.search, least_s)
         best = best_trial(found, trials, self.ledger.race, self.plan)
         race = tuple(self.ledger.race)
         return Swept(
@@ -322,11 +336,11 @@ class _Sweep:
         )
 
     def _standing(self) -> Standing:
-        left_s = self._budget_left_s()
-        is_spent = left_s < NOTHING * (self.plan.search.budget_s or 0.0)
-        return standing_of(self.plan, self.ledger.trials, self.ledger.race, 0.0 if is_spent else left_s)
+        left_s = 0.0 if self._is_spent() else self._budget_left_s()
+        return standing_of(self.plan, self.ledger.trials, self.ledger.race, left_s)
 
     def _run_tune(self, code_dirs: tuple[str, ...]) -> None:
+        self.record.say("joining Ray, or starting it")
         runtime.connect(code_dirs=code_dirs)
         from scalecv.search.ray_tune import run
 

@@ -220,16 +220,23 @@ def _batch(experiment: Experiment, manifest: Manifest) -> None:
             "set model.norm=group or frozen, or a larger train.batch or train.micro_batch"
             + ("; train.micro_batch=auto and train.recompute=true make room" if experiment.upscale.factor > 1 else "")
         )
-    if train.metric and not train.metric.startswith(("val/", "train/")):
-        raise ConfigError(f"train.metric={train.metric}: expected a name such as val/accuracy or val/iou")
-    measure = (train.metric or "").partition("/")[2]
-    known = ("loss",) if (train.metric or "").startswith("train/") else MEASURES[experiment.task]
-    if train.metric and measure not in known and not measure.startswith(PER_CLASS):
-        raise ConfigError(f"train.metric={train.metric}: there is no {measure}{nearest(measure, known)}")
+    if train.metric:
+        check_metric(train.metric, "train.metric", experiment.task)
     if train.metric and train.metric.startswith("val/") and not manifest.splits.get("val"):
         raise ConfigError(
             f"train.metric={train.metric}, but {experiment.data.uri} has no val split ({_splits(manifest)})"
         )
+
+
+def check_metric(metric: str, key: str, task: str) -> None:
+    """Raises: ConfigError: a task has no such metric; `key` is where it was asked for."""
+    where, _, measure = metric.partition("/")
+    if where not in ("val", "train"):
+        raise ConfigError(f"{key}={metric}: expected a name such as val/{MEASURES[task][1]}")
+    known = ("loss",) if where == "train" else MEASURES[task]
+    if measure not in known and not measure.startswith(PER_CLASS):
+        names = ", ".join(f"{where}/{name}" for name in known)
+        raise ConfigError(f"{key}={metric}: there is no {measure}{nearest(measure, known)}; task={task} has {names}")
 
 
 def _notes(experiment: Experiment, manifest: Manifest, pixels: Pixels) -> list[str]:

@@ -289,8 +289,9 @@ def main() -> None:
     lines = [f"`python -m tests.reference.search_bench {' '.join(sys.argv[1:])}`, {platform.processor() or 'x86_64'}, "]
     lines[0] += f"{os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}"
     for part in args.parts:
-        lines += ["", f"## {part}", "", *parts[part]()]
-        print("\n".join(lines[-12:]), flush=True)
+        more = ["", f"## {part}", "", *parts[part]()]
+        print("\n".join(more), flush=True)
+        lines += more
     if args.to:
         with args.to.open("a") as file:
             file.write("\n".join(lines) + "\n")

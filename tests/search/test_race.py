@@ -1,4 +1,5 @@
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from scalecv.config import Search
 from scalecv.search.race import Pair, Standing, standing, standing_of
 from scalecv.search.report import best_trial, verdict
-from scalecv.search.schedule import Plan, finalists
+from scalecv.search.schedule import Plan, finalists, least_budget_s
 from scalecv.search.trials import AS_WRITTEN, Point, Trial
 from tests.reference.search_sim import World, alike, simulate, spread, told
 
@@ -131,9 +132,14 @@ def test_a_budget_that_pays_no_race_goes_to_the_search():
     unraced = 0
     for seed in range(12):
         search = Search(trials=400, budget="2000s", rung="1epochs", finalists=1)
-        _, trials, heats, _ = simulate(search, World(spread(seed), 9, 0.005, 0.007, seed))
-        unraced += not heats
-        assert heats or sum(one.device_s for one in trials) > 0.98 * 2000
+        plan, trials, heats, _ = simulate(search, World(spread(seed), 9, 0.005, 0.007, seed))
+        if not heats:
+            unraced += 1
+            assert sum(one.device_s for one in trials) > 0.98 * 2000
+            found = verdict(standing_of(plan, trials, heats, 0.0), "m", None, search, least_budget_s(plan, trials))
+            enough = re.fullmatch(r"not raced: .*; with search.budget=(\d+m) the same command has room", found.sentence)
+            larger = search.model_copy(update={"budget": enough[1]})
+            assert simulate(larger, World(spread(seed), 9, 0.005, 0.007, seed))[2], seed
     assert 0 < unraced < 12
 
 

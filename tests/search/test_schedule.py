@@ -165,6 +165,14 @@ def test_weights_of_a_simplex_add_up_and_conditions_hold():
             "when names train.lr, which is drawn from no choice or int",
         ),
         ({"space": {"name": {"choice": ["a"]}}}, "leave it out"),
+        ({"space": {"train.lr": {"loguniforn": [1, 2]}}}, r"did you mean 'search.space.train.lr.loguniform'"),
+        ({"space": {"train.lr": [1, 2]}}, r"search.space.train.lr=\[1, 2\]: expected how it is drawn, as {loguniform"),
+        ({"space": {"train.lr": {"choice": []}}}, r"choice=\[\]: expected more values"),
+        ({"space": {"train.lr": {"uniform": [1, 2, 3]}}}, "expected fewer values"),
+        (
+            {"space": {"model.arch": {"choice": ["a"]}, "train.lr": {"uniform": [0, 1], "when": {"model.arch": "a"}}}},
+            r"when.model.arch='a': expected a list, as \[a, b\]",
+        ),
         (
             {"space": {"train.lr": {"uniform": [0, 1], "when": {"model.arch": ["unet"]}}}},
             "must stand in the space before",

@@ -347,7 +347,23 @@ def test_what_cannot_work_is_told_before_anything_is_written(shapes, tmp_path):
     for search, says in (
         ({"space": {}}, "search.space is empty"),
         ({"space": {"train.lrr": {"uniform": [0, 1]}}}, "train.lr"),
-        ({"metric": "val/acuracy"}, "accuracy"),
+        (
+            {"metric": "val/acuracy"},
+            r"^search.metric=val/acuracy: there is no acuracy.*accuracy.*has val/loss, val/accuracy",
+        ),
+        ({"metric": "accuracy"}, "search.metric=accuracy: expected a name such as val/accuracy"),
+        ({"space": {"train.lr": SPACE["train.lr"], "model.depth": {"choice": [1]}}}, "^search.space: unknown key"),
+        ({"space": {"model.arch": {"choice": ["resnet10", "resnet1O"]}}}, "'resnet1O' can run in no draw.*unknown"),
+        ({"space": {"model.arch": {"choice": ["resnet10", "unet"]}}}, "'unet' can run in no draw.*network to segment"),
+        (
+            {
+                "space": {
+                    "model.arch": {"choice": ["resnet10", "mobilenet_v3_small"]},
+                    "model.stem": {"choice": ["default", "small"], "when": {"model.arch": ["resnet10"]}},
+                }
+            },
+            r"'mobilenet_v3_small' can run in no draw.*model.stem=small is for the resnets.*not set \(`when`\)",
+        ),
         ({"space": {"model.arch": {"choice": ["resnet19"]}}}, "resnet1"),
         ({"space": {"model.arch": {"choice": ["mobilenet_v3_small"]}}}, "model.stem=small is for the resnets"),
     ):
