@@ -174,13 +174,13 @@ def kept_s(plan: Plan, trials: Sequence[Trial], left_s: float = math.inf) -> flo
     if best is None or plan.search.budget_s is None:
         return 0.0
     price = price_s(plan, best)
-    finish = price * (1 - best.epochs / plan.epochs) if best.status != "finished" else 0.0
+    finish = ROUNDING * price * (1 - best.epochs / plan.epochs) if best.status != "finished" else 0.0
     if not plan.search.finalists:
         return finish
     smallest, share_s = race_s(plan, trials, 1), RACE_SHARE * plan.search.budget_s
     race = min(race_s(plan, trials, plan.search.finalists), max(share_s, smallest))
     is_raced = smallest < MOST_SHARE * plan.search.budget_s and finish + smallest <= left_s
-    return ROUNDING * (finish + race) if is_raced else finish
+    return finish + ROUNDING * race if is_raced else finish
 
 
 def finalists(plan: Plan, trials: Sequence[Trial], count: int) -> list[Trial]:
