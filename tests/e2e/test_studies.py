@@ -28,10 +28,10 @@ def ingested(folder, to, *, test="test"):
     return str(to)
 
 
-def run(name, folder, **keys):
+def run(file, folder, **keys):
     """Train a shipped experiment in a folder of its own, and score its bundle on `test`."""
     given = {"scale.workers": 0, "track.storage": str(folder / "runs"), "track.uri": f"sqlite:///{folder}/mlruns.db"}
-    experiment = config.load(str(EXPERIMENTS / name), given | {key.replace("__", "."): v for key, v in keys.items()})
+    experiment = config.load(str(EXPERIMENTS / file), given | {key.replace("__", "."): v for key, v in keys.items()})
     result = train(experiment)
     return evaluate(result.bundle, experiment.data.uri, split="test").metrics
 
