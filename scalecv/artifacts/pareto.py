@@ -118,7 +118,7 @@ def of_records(records: Sequence[Record], x: str, metric: str | None = None) -> 
     notes = [f"{x} was measured on different machines: {', '.join(devices)}"] if differ else []
     trials = sum("scalecv.sweep" in one.tags for one in records)
     if trials and x != "train_s" and x in MEASURED:
-        notes.append(f"{x} of {trials} trials was measured while others of their sweep ran: --x parameters is not")
+        notes.append(f"{x} of {trials} trials was measured while others of their sweep ran; --x parameters is exact")
     return Pareto(x, metric, larger, points, "; ".join(notes))
 
 

@@ -79,7 +79,9 @@ def verdict(race: Standing, metric: str, best: Trial | None, search: Search, lea
     if race.needs:
         return Verdict("the race has not ended: search.budget is spent, a larger one goes on with it")
     if not race.order:
-        what = f"search.budget={search.budget} had no room for it" if best else "no trial was trained to its end"
+        room = f"search.budget={search.budget} had no room for it"
+        whole = room if least_s else "no trial differs from the experiment as written"
+        what = whole if best else "no trial was trained to its end"
         more = f"; with search.budget={math.ceil(1.1 * least_s / 60)}m the same command has room" if least_s else ""
         return Verdict(f"not raced: {what}{more}")
     first = race.order[0]

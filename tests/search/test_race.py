@@ -143,6 +143,15 @@ def test_a_budget_that_pays_no_race_goes_to_the_search():
     assert 0 < unraced < 12
 
 
+def test_why_there_was_no_race_is_told():
+    said = lambda best, least_s: verdict(standing([], {}, 3), "m", best, Search(budget="1m"), least_s).sentence  # noqa: E731
+    assert said(Trial(0, {}), 0.0) == "not raced: no trial differs from the experiment as written"
+    assert (
+        said(None, 60.0)
+        == "not raced: no trial was trained to its end; with search.budget=2m the same command has room"
+    )
+
+
 def test_each_set_of_values_races_once_and_the_experiment_as_written_beside_them():
     plan = Plan(Search(finalists=3), 9, 1.0, 1.0, False, {"train.lr": 0.1})
     lrs = (0.1, 0.2, 0.2, 0.3, 0.4)
