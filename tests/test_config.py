@@ -101,7 +101,9 @@ def test_the_space_of_a_search_is_set_like_any_key():
 def test_ctrl_c_before_anything_began_is_told(tmp_path):
     os.mkfifo(tmp_path / "experiment.yaml")  # is waited for
     call = [sys.executable, "-m", "scalecv", "tune", str(tmp_path / "experiment.yaml")]
-    job = subprocess.Popen(call, stderr=subprocess.PIPE, text=True)
+    # Whoever runs the tests in the background of a script has them ignore it.
+    listens = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    job = subprocess.Popen(call, stderr=subprocess.PIPE, text=True, preexec_fn=listens)
     with open(tmp_path / "experiment.yaml", "w"):  # once it reads
         job.send_signal(signal.SIGINT)
         said = job.communicate(timeout=60)[1]
