@@ -117,8 +117,8 @@ def of_records(records: Sequence[Record], x: str, metric: str | None = None) -> 
     differ = x in MEASURED and len(devices) > 1
     notes = [f"{x} was measured on different machines: {', '.join(devices)}"] if differ else []
     trials = sum("scalecv.sweep" in one.tags for one in records)
-    if trials and x != "train_s" and x in MEASURED:
-        notes.append(f"{x} of {trials} trials was measured while others of their sweep ran; --x parameters is exact")
+    if trials and x == "latency_ms":
+        notes.append(f"{x} of {trials} trials was measured beside others of their sweep; --x parameters is exact")
     return Pareto(x, metric, larger, points, "; ".join(notes))
 
 
@@ -150,9 +150,9 @@ def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
 
 
 def _cost(record: Record, x: str) -> float:
-    value = record.params.get(COSTS[x]) if COSTS[x].startswith("model.") else record.metrics.get(COSTS[x])
     if any(tag.startswith("search.space.") for tag in record.tags):
         raise UserError(f"{record.name} is a sweep: name its trials, as {record.name}-0000")
+    value = record.params.get(COSTS[x]) if COSTS[x].startswith("model.") else record.metrics.get(COSTS[x])
     if value is None or not math.isfinite(float(value)):
         raise UserError(
             f"run {record.run_id} ({record.name}, {record.status}) has not recorded {COSTS[x]}: let it train to its "

@@ -13,7 +13,7 @@ from scalecv.cli.output import clean_streams, has_printed, keep_stdout_for_json,
 from scalecv.errors import ScalecvError
 
 CTRL_C = 130
-"""What typer returns where Ctrl-C came outside of what handles it."""
+"""What typer returns where Ctrl-C came outside of what handles it, and a shell where it ended a command."""
 
 app = typer.Typer(
     add_completion=True,

@@ -22,8 +22,7 @@ def tune(
     """Search an experiment's space; the same command again continues it."""
     from scalecv.display import Display
     from scalecv.search.report import as_json as plain
-    from scalecv.search.report import entrant_name, table
-    from scalecv.search.space import told
+    from scalecv.search.report import table
     from scalecv.search.sweep import tune as run
 
     if experiment.startswith("runs:/"):
@@ -36,7 +35,7 @@ def tune(
         return
     sys.stdout.write(table(swept.trials, swept.metric))
     if swept.best is not None:
-        display.line(f"best      {entrant_name(swept.best.number)}{swept.score}: {told(swept.best.overrides)}")
+        display.line(f"best      {swept.to_use}")
         display.line(f"bundle    {swept.best.bundle}")
     display.line(f"verdict   {swept.verdict.sentence}")
     display.line(f"report    {swept.report}")

@@ -15,25 +15,31 @@ def explain(where: str, problem: Any) -> str:
     key = ".".join(path)
     if problem["type"] == "extra_forbidden":
         return f"{where}: unknown key '{key}'{_near_key(path)}"
+    found = problem.get("input")
+    if problem["type"] == "missing" and path[-1].isdigit():  # of a list
+        return f"{where}: {'.'.join(path[:-1])}={found!r}: expected more than {path[-1]} values"
     if problem["type"] == "missing":
         return f"{where}: key '{key}' is missing"
-    found = problem.get("input")
-    said = EXPECTED.get(problem["type"], problem["msg"].removeprefix("Value error, "))
-    if path[:2] == ["search", "space"] and len(path) == 3:
-        said = SPEC if problem["type"] == "model_type" else said
-    said = said[0].lower() + said[1:]
+    said = _expected(problem)
     if not key or isinstance(found, dict) or "login" in said:
         return f"{where}: {key + ': ' if key else ''}{said}"
     return f"{where}: {key}={found!r}: {said}"
 
 
-EXPECTED = {
-    "tuple_type": "expected a list, as [a, b]",
-    "too_short": "expected more values",
-    "too_long": "expected fewer values",
-}
-"""What is expected where an error of pydantic has this type, in words of YAML."""
-SPEC = "expected how it is drawn, as {loguniform: [1e-4, 1e-2]} or {choice: [a, b]}"
+def _expected(problem: Any) -> str:
+    """What was expected, in words of YAML."""
+    kind, limits = problem["type"], problem.get("ctx", {})
+    if kind == "tuple_type":
+        return "expected a list, as [a, b]"
+    if kind == "too_short":
+        return f"expected {limits['min_length']} or more values"
+    if kind == "too_long":
+        return f"expected at most {limits['max_length']} values"
+    if kind == "model_type" and limits.get("class_name") == Spec.__name__:
+        return "expected how it is drawn, as {loguniform: [1e-4, 1e-2]} or {choice: [a, b]}"
+    said = str(problem["msg"]).removeprefix("Value error, ")
+    return said[0].lower() + said[1:]
+
 
 ELSEWHERE = {
     "learning_rate": "train.lr",

@@ -60,7 +60,7 @@ def _parts(dotted: str) -> list[str]:
         return dotted.split(".")
     whole = dotted.removeprefix(SPACE)
     key, _, way = whole.rpartition(".")
-    return ["search", "space", *([key, way] if way in Spec.model_fields else [whole])]
+    return ["search", "space", *([key, way] if key and way in Spec.model_fields else [whole])]
 
 
 def build(tree: Mapping[str, Any], where: str) -> Experiment:

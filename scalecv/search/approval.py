@@ -10,6 +10,8 @@ from scalecv.train.checks import check, check_names, check_network
 
 NETWORK: Any = {"model": True, "data": True, "upscale": True, "train": {"batch", "micro_batch", "exact"}}
 """Of an experiment, what decides whether its network can be built and take the images."""
+NEITHER: Any = {"data": {"augment", "sampling"}}
+"""And of that what does not."""
 
 
 def approval(manifest: Manifest) -> Callable[[Experiment], None]:
@@ -22,7 +24,7 @@ def approval(manifest: Manifest) -> Callable[[Experiment], None]:
         check(one, manifest)
         check_names(one)
         check_network(one, manifest)
-        network = one.model_dump_json(include=NETWORK)
+        network = one.model_dump_json(include=NETWORK, exclude=NEITHER)
         if network not in built:
             built[network] = ""
             try:

@@ -107,6 +107,11 @@ class Ledger:
         self.settle()
 
 
+def is_begun(home: str) -> bool:
+    """Whether a sweep lies below a folder."""
+    return storage.exists(storage.join(home, "sweep.json"))
+
+
 def read_trials(home: str) -> list[Trial]:
     """The records of the sweep below a folder, which may be under way, and then those of its race.
 

@@ -6,7 +6,6 @@ from html import escape
 
 from scalecv.search.report import Swept, entrant_name
 from scalecv.search.space import told
-from scalecv.search.trials import Trial
 
 TITLES = {
     "race": "The race",
@@ -39,11 +38,7 @@ def page(swept: Swept, pictures: Mapping[str, bytes], experiment: str) -> str:
         for name, title in TITLES.items()
         if name in pictures
     )
-    best = (
-        ""
-        if swept.best is None
-        else f"<p>To use: {_named(swept.best, swept.score)}<br><code>{escape(swept.best.bundle)}</code></p>"
-    )
+    best = f"<p>To use: {escape(swept.to_use)}<br><code>{escape(swept.best.bundle)}</code></p>" if swept.best else ""
     spent = (
         f"{len(swept.trials)} trials and {len(swept.race)} trainings of the race, {swept.device_s:,.0f} device-seconds"
     )
@@ -53,10 +48,6 @@ def page(swept: Swept, pictures: Mapping[str, bytes], experiment: str) -> str:
         f'<p class="verdict">{escape(swept.verdict.sentence)}</p>{best}{_race(swept)}{images}'
         f"<h2>All trials</h2>{_table(swept)}<h2>Experiment</h2><pre>{escape(experiment)}</pre></html>\n"
     )
-
-
-def _named(trial: Trial, score: str) -> str:
-    return f"<strong>{entrant_name(trial.number)}</strong>{escape(score)}: {escape(told(trial.overrides))}"
 
 
 def _race(swept: Swept) -> str:

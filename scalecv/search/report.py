@@ -49,17 +49,19 @@ class Swept:
     """URI of the page that shows it all."""
 
     @property
-    def score(self) -> str:
-        """Of the best one, in words; empty where it has none."""
+    def to_use(self) -> str:
+        """The best one with its score and its values, in words; empty where there is none."""
         from scalecv.tasks.task import is_cost
 
         if self.best is None:
             return ""
-        mean = (self.verdict.means or {}).get(self.best.number)
-        if mean is not None:
-            return f", {self.metric} {mean:.4f} over {self.verdict.seeds} new seeds"
+        said, mean = entrant_name(self.best.number), (self.verdict.means or {}).get(self.best.number)
         sign = -1.0 if is_cost(self.metric) else 1.0
-        return f", {self.metric} {sign * self.best.value(sign):.4f}" if self.best.points else ""
+        if mean is not None:
+            said += f", {self.metric} {mean:.4f} over {self.verdict.seeds} new seeds"
+        elif self.best.points:
+            said += f", {self.metric} {sign * self.best.value(sign):.4f}"
+        return ": ".join([said, *([told(self.best.overrides)] if self.best.overrides else [])])
 
 
 def verdict(race: Standing, metric: str, best: Trial | None, search: Search, least_s: float = 0.0) -> Verdict:

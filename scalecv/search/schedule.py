@@ -173,8 +173,7 @@ def kept_s(plan: Plan, trials: Sequence[Trial], left_s: float = math.inf) -> flo
     best = leader(plan, trials) if plan.search.budget_s is not None else None
     if best is None or plan.search.budget_s is None:
         return 0.0
-    price = price_s(plan, best)
-    finish = ROUNDING * price * (1 - best.epochs / plan.epochs) if best.status != "finished" else 0.0
+    finish = _finish_s(plan, best)
     if not plan.search.finalists:
         return finish
     smallest, share_s = race_s(plan, trials, 1), RACE_SHARE * plan.search.budget_s
@@ -203,8 +202,17 @@ def race_s(plan: Plan, trials: Sequence[Trial], count: int) -> float:
 
 def least_budget_s(plan: Plan, trials: Sequence[Trial]) -> float:
     """Device-seconds of the whole sweep that would have room for the smallest race; 0 while nothing is known."""
-    smallest = race_s(plan, trials, 1)
-    return max(smallest / MOST_SHARE, sum(one.device_s for one in trials) + ROUNDING * smallest) if smallest else 0.0
+    smallest, best = race_s(plan, trials, 1), leader(plan, trials)
+    if best is None or not smallest:
+        return 0.0
+    spent = sum(one.device_s for one in trials)
+    return max(smallest / MOST_SHARE, spent + _finish_s(plan, best) + ROUNDING * smallest)
+
+
+def _finish_s(plan: Plan, trial: Trial) -> float:
+    """Device-seconds that train a trial to its end."""
+    rest = 1 - trial.epochs / plan.epochs
+    return ROUNDING * price_s(plan, trial) * rest if trial.status != "finished" else 0.0
 
 
 def price_s(plan: Plan, trial: Trial) -> float:

@@ -45,7 +45,7 @@ def draw(
     Raises: ConfigError: none of 100 attempts gave an experiment that can run; the message has the last reason, and
         nothing else where it was always the same.
     """
-    left_out, why = list[str](), list[str]()
+    left_out: list[tuple[str, str]] = []  # values, and why they cannot run
     for attempt in range(TRIES):
         overrides = (values or at_random)(base, number, attempt)
         if overrides in tried:
@@ -54,15 +54,15 @@ def draw(
             made = resolve(base, overrides)
             approve(made)
         except UserError as error:
-            why.append(str(error).splitlines()[0])
-            left_out.append(f"{told(overrides)}: {why[-1]}")
+            left_out.append((told(overrides), str(error).splitlines()[0]))
             continue
-        return Drawn(overrides, made, tuple(dict.fromkeys(left_out)))
+        return Drawn(overrides, made, tuple(f"{values}: {why}" for values, why in dict.fromkeys(left_out)))
     if len(left_out) < TRIES:
         return None
-    if len(set(why)) == 1:  # no matter of what was drawn
-        raise ConfigError(why[0])
-    raise ConfigError(f"none of {TRIES} draws of search.space can run, such as {left_out[-1]}")
+    last, reason = left_out[-1]
+    if {why for _, why in left_out} == {reason}:  # no matter of what was drawn
+        raise ConfigError(reason)
+    raise ConfigError(f"none of {TRIES} draws of search.space can run, such as {last}: {reason}")
 
 
 def check_choices(base: Experiment, approve: Callable[[Experiment], object]) -> None:
@@ -72,25 +72,28 @@ def check_choices(base: Experiment, approve: Callable[[Experiment], object]) -> 
     """
     for key, spec in base.search.space.items():
         for value in spec.choice or ():
-            alone = {**base.search.space, key: spec.model_copy(update={"choice": (value,)})}
-            search = base.search.model_copy(update={"space": alone})
-            narrowed, why = base.model_copy(update={"search": search}), ""
-            for attempt in range(TRIES):
-                overrides = at_random(narrowed, 0, attempt)
-                if key not in overrides:
-                    continue
-                try:
-                    approve(resolve(base, overrides))
-                except UserError as error:
-                    why = f"{told(overrides)}: {str(error).splitlines()[0]}"
-                    continue
-                why = ""
-                break
+            why = _never(base, key, value, approve)
             if why:
                 raise ConfigError(
                     f"search.space.{key}: {value!r} can run in no draw, such as {why}. Take it out; or mend the "
                     "experiment, whose values hold for keys of the space that are not set (`when`)"
                 )
+
+
+def _never(base: Experiment, key: str, value: Scalar, approve: Callable[[Experiment], object]) -> str:
+    """Why no draw with a value of a choice can run; empty where one can, or where none has it."""
+    only = base.search.space[key].model_copy(update={"choice": (value,)})
+    search = base.search.model_copy(update={"space": {**base.search.space, key: only}})
+    narrowed, why = base.model_copy(update={"search": search}), ""
+    for attempt in range(TRIES):
+        overrides = at_random(narrowed, 0, attempt)
+        if key in overrides:
+            try:
+                approve(resolve(base, overrides))
+                return ""
+            except UserError as error:
+                why = f"{told(overrides)}: {str(error).splitlines()[0]}"
+    return why
 
 
 def resolve(base: Experiment, overrides: dict[str, Scalar]) -> Experiment:

@@ -20,12 +20,14 @@ from scalecv.artifacts import tracking
 from scalecv.config import Experiment, flatten
 from scalecv.errors import ConfigError, Interrupted, ScalecvError, UserError
 from scalecv.search.approval import approval
+from scalecv.search.decide import next_training, search_left_s
 from scalecv.search.failures import hopeless
-from scalecv.search.ledger import Ledger
-from scalecv.search.race import Standing, next_heat, standing_of
+from scalecv.search.ledger import Ledger, is_begun
+from scalecv.search.prepare import prepared
+from scalecv.search.race import Standing, standing_of
 from scalecv.search.record import Record
 from scalecv.search.report import Swept, best_trial, entrant_name, verdict
-from scalecv.search.schedule import ERROR, Plan, best_of, kept_s, leader, least_budget_s, next_segment
+from scalecv.search.schedule import ERROR, Plan, best_of, leader, least_budget_s
 from scalecv.search.searchers import check_living, perturbed, runnable, values_of, written_keys
 from scalecv.search.segment import run_segment
 from scalecv.search.space import Drawn, check_choices, draw, resolve, told
@@ -33,7 +35,6 @@ from scalecv.search.trials import Point, Trial
 from scalecv.search.under_way import UnderWay
 from scalecv.shards.store import open_dataset
 from scalecv.train import runs
-from scalecv.train.checks import check_metric
 from scalecv.train.job import Pause
 from scalecv.train.run import same_everywhere
 from scalecv.train.signals import stop_on_signals
@@ -43,8 +44,6 @@ DEATHS = 2
 """Processes of one segment that may die (a spot machine, a memory limit) before its trial counts as failed."""
 DRAW_S = 120.0
 WATCH_S = 0.5
-STOP_S, STOP_SHARE = 20.0, 0.05
-"""Kept for each trial under way, which takes a step and a checkpoint to stop; and at most, of the budget."""
 NOTHING = 0.01
 """Share of the budget that is as good as nothing."""
 
@@ -61,18 +60,13 @@ def tune(
     Raises: UserError: wrong input, nothing was started. Interrupted: stopped on request, the same command goes on.
         ScalecvError: the sweep failed.
     """
-    if not experiment.search.space:
-        raise ConfigError(
-            "search.space is empty: name keys and their values, as "
-            "search: {space: {train.lr: {loguniform: [1e-4, 1e-2]}}}"
-        )
-    experiment = _alike(same_everywhere(experiment))
+    experiment = prepared(same_everywhere(experiment))
     dataset = open_dataset(experiment.data.uri, experiment.data.version)
     approve = approval(dataset.manifest)
     if experiment.search.scheduler == "pbt":
         check_living(experiment)
     draw(experiment, 0, approve)  # a space that cannot work is told before anything is written
-    if not storage.list_names(runs.home(experiment), limit=1):
+    if not is_begun(runs.home(experiment)):
         tell({"kind": "progress", "message": "seeing that each choice of search.space can be tried"})
         check_choices(experiment, approve)
     storage.check_writable(runs.home(experiment))
@@ -82,33 +76,6 @@ def tune(
         experiment = experiment.model_copy(update={"data": data})
         ledger.wake()
         return _Sweep(experiment, ledger, approve, tell).run(code_dirs)
-
-
-def _alike(experiment: Experiment) -> Experiment:
-    """The experiment whose runs keep what is best by the objective, and little more: there are many of them.
-
-    Trials of one worker need no process beside theirs.
-
-    Raises: ConfigError: the objective would be a loss.
-    """
-    from scalecv.tasks import TASKS
-
-    metric = experiment.search.metric or experiment.train.metric or f"val/{TASKS[experiment.task].headline}"
-    if metric.endswith("/loss"):
-        raise ConfigError(
-            f"train.metric={metric} depends on the weights that are searched: set search.metric, as val/iou"
-        )
-    if experiment.search.cost and experiment.upscale.factor > 1:
-        raise ConfigError("search.cost counts networks, and this experiment has a stage before its own: leave it out")
-    if experiment.search.metric:
-        check_metric(metric, "search.metric", experiment.task)
-    train = experiment.train.model_copy(update={"metric": metric})
-    workers = experiment.scale.workers if experiment.scale.workers > 1 else 0
-    scale = experiment.scale.model_copy(update={"workers": workers, "min_workers": None})
-    pixels = "yes" if experiment.cache.pixels == "auto" else experiment.cache.pixels
-    cache = experiment.cache.model_copy(update={"pixels": pixels})
-    track = experiment.track.model_copy(update={"keep": 1})
-    return experiment.model_copy(update={"train": train, "scale": scale, "cache": cache, "track": track})
 
 
 class _Sweep:
@@ -199,8 +166,9 @@ class _Sweep:
                 self.failure = str(error)
                 return FINISHED
             self.under_way.begin(tune_id, trial)
-        how = f"goes on after epoch {trial.epochs}" if trial.points else f"begins: {told(trial.overrides)}"
-        self.record.say(f"{self._told(trial)} {how}")
+        how = f"goes on after epoch {trial.epochs}" if trial.points else "begins"
+        values = "" if trial.points or trial.entrant is not None else f": {told(trial.overrides)}"
+        self.record.say(f"{self._told(trial)} {how}{values}")
         until = None if trial.until is None else (trial.until, self.plan.in_seconds)
         return {"until": until, "experiment": json.dumps(self._of(trial).model_dump(mode="json"))}
 
@@ -232,15 +200,18 @@ class _Sweep:
         """What runs next, of the search and then of the race."""
         if self.spent_all.is_set() or self._is_spent():
             return None
-        found = next_segment(self.plan, self.ledger.trials, 0.0 if self.closing.is_set() else self._search_left_s())
-        if found is not None or any(one.status == "running" for one in self.ledger.trials):
-            return found
-        heat = next_heat(self.plan, self.ledger.trials, self.ledger.race, self._budget_left_s())
-        if heat is None and self.closing.is_set() and not self.ledger.race and self._search_left_s() > 0:
+        found, is_closed = next_training(*self._stands(), self.closing.is_set(), self._searching())
+        if self.closing.is_set() and not is_closed:
             self.closing.clear()
             self.record.say("what is left of search.budget pays no race: the search goes on with it")
-            return self._next()
-        return heat
+        return found
+
+    def _stands(self) -> tuple[Plan, list[Trial], list[Trial], float]:
+        return self.plan, self.ledger.trials, self.ledger.race, self._budget_left_s()
+
+    def _searching(self) -> int:
+        """Devices that the search holds."""
+        return self.devices * sum(one.entrant is None for one in self.under_way.trials)
 
     def _is_spent(self) -> bool:
         return self._budget_left_s() < NOTHING * (self.plan.search.budget_s or 0.0)
@@ -249,12 +220,6 @@ class _Sweep:
         if self.plan.search.budget_s is None:
             return math.inf
         return self.plan.search.budget_s - self.ledger.device_s - self.under_way.held_s
-
-    def _search_left_s(self) -> float:
-        left_s = self._budget_left_s()
-        searching = sum(one.entrant is None for one in self.under_way.trials)
-        to_stop_s = min(STOP_S * self.devices * searching, STOP_SHARE * (self.plan.search.budget_s or 0.0))
-        return left_s - to_stop_s - kept_s(self.plan, self.ledger.trials, math.inf if self.ledger.race else left_s)
 
     def _next_drawn(self) -> Trial | None:
         """What runs next, with its values.
@@ -402,14 +367,15 @@ class _Sweep:
                     f"search.budget={self.plan.search.budget} is spent: trials under way are saved and stop"
                 )
             running = self.under_way.trials
-            is_search = any(one.entrant is None for one in running)
-            if is_search and self._search_left_s() <= 0 and not self.closing.is_set():
+            searching = self._searching()
+            is_over = searching and search_left_s(*self._stands(), searching) <= 0
+            if is_over and not self.closing.is_set():
                 self.closing.set()
                 self.record.say("what is left of search.budget is for the best trial and the race: the others pause")
             if not (self.stopping.is_set() or self.spent_all.is_set()):
                 best = leader(self.plan, self.ledger.trials) if self.closing.is_set() else None
-                searching = [one for one in running if self.closing.is_set() and one.entrant is None]
-                running = [one for one in searching if best is None or one.number != best.number]
+                pausing = [one for one in running if self.closing.is_set() and one.entrant is None]
+                running = [one for one in pausing if best is None or one.number != best.number]
         for trial in running:
             with contextlib.suppress(OSError, ScalecvError):
                 if place := runs.newest(self._of(trial)):

@@ -66,7 +66,7 @@ def test_measured_on_two_machines_is_said_and_what_is_missing_refused():
 
 def test_a_sweep_is_no_run_and_its_trials_were_measured_beside_others():
     trials = [replace(one, tags=one.tags | {"scalecv.sweep": "key"}) for one in RUNS[:2]]
-    assert "latency_ms of 2 trials was measured while others" in of_records([*trials, *RUNS[2:]], "latency_ms").note
+    assert "latency_ms of 2 trials was measured beside others" in of_records([*trials, *RUNS[2:]], "latency_ms").note
     assert of_records(trials, "parameters").note == ""
     sweep = replace(RUNS[0], tags=RUNS[0].tags | {"search.space.train.lr": "{}"}, metrics={})
     with pytest.raises(UserError, match="large is a sweep: name its trials, as large-0000"):

@@ -230,11 +230,12 @@ def _ours(trials: int) -> None:
     from scalecv.search import ray_tune
     from scalecv.search.approval import approval
     from scalecv.search.ledger import Ledger
-    from scalecv.search.sweep import _alike, _Sweep
+    from scalecv.search.prepare import prepared
+    from scalecv.search.sweep import _Sweep
     from scalecv.shards.store import open_dataset
 
     with _experiment({"trials": trials, "rung": "1epochs"}, {"epochs": 9}) as (folder, experiment):
-        experiment = _alike(experiment)
+        experiment = prepared(experiment)
         approve = approval(open_dataset(f"{folder}/data").manifest)
         sweep = _Sweep(experiment, Ledger(f"{folder}/home", experiment), approve, lambda _: None)
         own = [0.0]

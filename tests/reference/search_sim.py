@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from scalecv.config.search import Search
-from scalecv.search.race import next_heat, standing_of
+from scalecv.search.decide import next_training, search_left_s
+from scalecv.search.race import standing_of
 from scalecv.search.report import verdict
-from scalecv.search.schedule import Plan, first_rung, kept_s, leader, next_segment
+from scalecv.search.schedule import Plan, first_rung, leader
 from scalecv.search.trials import AS_WRITTEN, Point, Trial
 
 
@@ -63,18 +64,10 @@ def simulate(search: Search, world: World, workers: int = 2) -> tuple[Plan, list
         live = sum(now - _began(end, trial, more) for end, _, trial, more in events)
         return (search.budget_s or math.inf) - sum(one.device_s for one in [*trials, *race]) - live
 
-    def explore() -> float:
-        return left() - kept_s(plan, trials, math.inf if race else left())
-
     while True:
         while len(events) < workers and left() > 0.01 * (search.budget_s or 0.0):
-            closing = closing or explore() <= 0
-            found = next_segment(plan, trials, 0.0 if closing else explore())
-            if found is None and not any(one.status == "running" for one in trials):
-                found = next_heat(plan, trials, race, left())
-                if found is None and closing and not race and explore() > 0:
-                    closing = False  # what is left pays no race
-                    continue
+            closing = closing or search_left_s(plan, trials, race, left()) <= 0
+            found, closing = next_training(plan, trials, race, left(), closing)
             if found is None:
                 break
             trial = Trial(found, {}, until=plan.first(found)) if isinstance(found, int) else found
@@ -84,7 +77,8 @@ def simulate(search: Search, world: World, workers: int = 2) -> tuple[Plan, list
         if not events:
             return plan, trials, race, now
         searching = not closing and any(trial.entrant is None for _, _, trial, _ in events)
-        until = now + max(0.0, min(left(), explore() if searching else math.inf)) / len(events)
+        explore = search_left_s(plan, trials, race, left()) if searching else math.inf
+        until = now + max(0.0, min(left(), explore)) / len(events)
         if until < events[0][0]:  # told to stop, all of them or those that are not the best
             now = until
             closing, best = True, leader(plan, trials) if left() > 1 else None

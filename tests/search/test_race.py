@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from scalecv.config import Search
+from scalecv.search.decide import search_left_s
 from scalecv.search.race import Pair, Standing, standing, standing_of
 from scalecv.search.report import best_trial, verdict
 from scalecv.search.schedule import Plan, finalists, least_budget_s
@@ -141,6 +142,16 @@ def test_a_budget_that_pays_no_race_goes_to_the_search():
             larger = search.model_copy(update={"budget": enough[1]})
             assert simulate(larger, World(spread(seed), 9, 0.005, 0.007, seed))[2], seed
     assert 0 < unraced < 12
+
+
+def test_what_trainings_take_to_stop_is_kept_beside_what_else_is_kept_and_not_alone():
+    search = Search(trials=9, budget="1000s", finalists=1)
+    plan, begun = Plan(search, 9, 1.0, 1.0, False), [Trial(0, {}, "running"), Trial(1, {}, "running")]
+    assert search_left_s(plan, begun, [], 40.0, devices=2) == 40.0  # nothing is known: to stop would gain nothing
+    points = tuple(Point(epoch, 0.5, 10.0 * epoch) for epoch in range(1, 4))
+    known = [Trial(0, {"train.lr": 0.1}, "paused", points=points, device_s=30.0), begun[1]]
+    left = [search_left_s(plan, known, [], 900.0, devices) for devices in (0, 1, 2, 9)]
+    assert [left[0] - one for one in left[1:]] == [20.0, 40.0, 50.0]  # 20 s each, 5 % of the budget at most
 
 
 def test_why_there_was_no_race_is_told():

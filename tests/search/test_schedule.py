@@ -167,8 +167,9 @@ def test_weights_of_a_simplex_add_up_and_conditions_hold():
         ({"space": {"name": {"choice": ["a"]}}}, "leave it out"),
         ({"space": {"train.lr": {"loguniforn": [1, 2]}}}, r"did you mean 'search.space.train.lr.loguniform'"),
         ({"space": {"train.lr": [1, 2]}}, r"search.space.train.lr=\[1, 2\]: expected how it is drawn, as {loguniform"),
-        ({"space": {"train.lr": {"choice": []}}}, r"choice=\[\]: expected more values"),
-        ({"space": {"train.lr": {"uniform": [1, 2, 3]}}}, "expected fewer values"),
+        ({"space": {"train.lr": {"choice": []}}}, r"choice=\[\]: expected 1 or more values"),
+        ({"space": {"train.lr": {"uniform": [1]}}}, r"uniform=\[1\]: expected more than 1 values"),
+        ({"space": {"train.lr": {"uniform": [1, 2, 3]}}}, "expected at most 2 values"),
         (
             {"space": {"model.arch": {"choice": ["a"]}, "train.lr": {"uniform": [0, 1], "when": {"model.arch": "a"}}}},
             r"when.model.arch='a': expected a list, as \[a, b\]",

@@ -379,14 +379,48 @@ def test_what_cannot_work_is_told_before_anything_is_written(shapes, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_choices_are_checked_where_a_run_has_the_name_and_not_again_where_a_sweep_has_it(shapes, tmp_path):
+    from scalecv.search.ledger import Ledger
+    from scalecv.search.prepare import prepared
+    from scalecv.search.sweep import same_everywhere
+    from scalecv.train import runs
+
+    wrong = write(shapes, tmp_path, space={"model.arch": {"choice": ["resnet10", "resnet1O"]}})
+    Path(runs.home(wrong), "001").mkdir(parents=True)  # as `scalecv train` leaves it
+    with pytest.raises(ConfigError, match="'resnet1O' can run in no draw"):
+        tune(wrong)
+    assert sorted(path.name for path in Path(runs.home(wrong)).iterdir()) == ["001"]
+    Ledger(runs.home(wrong), prepared(same_everywhere(wrong)))
+    said = []
+    with pytest.raises(ConfigError, match="another sweep"):
+        tune(wrong.model_copy(update={"seed": 7}), tell=lambda event: said.append(event.get("message", "")))
+    assert not any("choice" in line for line in said)
+
+
+def test_a_run_that_no_record_names_is_passed_over_where_it_saved_nothing(shapes, tmp_path):
+    """As a driver leaves it that dies before a record of the trial is written, where its number is drawn anew."""
+    from scalecv.train import runs
+
+    base = write(shapes, tmp_path)
+    one, other = (
+        config.build(config.with_overrides(base.model_dump(mode="json"), {"train.lr": lr}), "t") for lr in (1, 2)
+    )
+    began = runs.open_run(one, lambda dataset: None)
+    again = runs.open_run(one, lambda dataset: None)
+    anew = runs.open_run(other, lambda dataset: None)
+    assert (again.uri, again.goes_on) == (began.uri, True)
+    assert (Path(anew.uri).name, anew.goes_on) == ("002", False)
+
+
 def test_trials_tell_mlflow_where_the_sweep_does(shapes, tmp_path, monkeypatch):
     """Though their processes have another folder, and another environment."""
     from scalecv.search.approval import approval
     from scalecv.search.ledger import Ledger
-    from scalecv.search.sweep import _alike, _Sweep
+    from scalecv.search.prepare import prepared
+    from scalecv.search.sweep import _Sweep
     from scalecv.shards.store import open_dataset
 
-    base = _alike(write(shapes, tmp_path))
+    base = prepared(write(shapes, tmp_path))
     approve = approval(open_dataset(base.data.uri).manifest)
 
     def place() -> str:
