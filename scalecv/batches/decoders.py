@@ -5,6 +5,7 @@ threads while they have little to do, and else to a Ray task on any node. A task
 its node is gone or its CPU was taken, is done here again.
 """
 
+import os
 import sys
 import threading
 import time
@@ -27,6 +28,8 @@ LOCAL_BATCHES = 2
 """Batches that the threads have before others are given away."""
 PATIENCE_S = 5.0
 """Seconds that a batch may be late before it is decoded here."""
+ASK_AGAIN_S = 1.0
+"""Seconds between two calls for processes of the cluster."""
 LOOK_S, LOOK_BATCHES, WAITS = 5.0, 10, 0.1
 """Training is looked at over so many seconds and batches; from this share of waiting on the cluster is asked."""
 
@@ -39,7 +42,9 @@ class Shared:
         self.is_asked = False
         """Whether CPUs of the cluster were asked to decode."""
         self._said: set[str] = set()
-        self._ready, self._called, self._lock = 0, list[Any](), threading.Lock()
+        self._lock = threading.Lock()
+        self._wanted, self._asked_at = 0, 0.0
+        self._called, self._processes = list[Any](), set[tuple[str, int]]()
 
     def once(self, about: str, note: str) -> list[str]:
         """The note, if no epoch before has given one about the same."""
@@ -52,17 +57,36 @@ class Shared:
         """Have processes of the cluster import what decoding needs: that takes seconds, which no batch waits for."""
         with self._lock:
             self.is_asked = True
-            self._called = [_task(_ready).remote() for _ in range(count)]
+            self._wanted = count
+            self._call()
 
     def helpers(self) -> int:
-        """CPUs of the cluster that are ready to decode for this feed."""
+        """Processes of the cluster that are ready to decode for this feed.
+
+        A process that was ready early may take the call meant for one that starts yet: who has answered counts, not
+        how often, and the rest is asked again.
+        """
         with self._lock:
             if self._called:
-                import ray
+                self._listen()
+            elif len(self._processes) < self._wanted and time.monotonic() - self._asked_at > ASK_AGAIN_S:
+                self._call()
+            return min(len(self._processes), self._wanted)
 
-                done, self._called = ray.wait(self._called, num_returns=len(self._called), timeout=0)
-                self._ready += len(done)
-            return self._ready
+    def _call(self) -> None:
+        """Call every process that is wanted, since none can be chosen."""
+        self._asked_at = time.monotonic()
+        self._called = [_task(_ready).remote() for _ in range(self._wanted)]
+
+    def _listen(self) -> None:
+        import ray
+
+        done, self._called = ray.wait(self._called, num_returns=len(self._called), timeout=0)
+        for answer in done:
+            try:
+                self._processes.add(ray.get(answer))
+            except ray.exceptions.RayError:
+                continue  # it was lost, or its function failed: no help from there
 
 
 class Pending(Protocol):
@@ -221,9 +245,12 @@ def _task(function: Any) -> Any:
     return ray.remote(num_cpus=1, max_retries=2, scheduling_strategy="SPREAD")(function)
 
 
-def _ready() -> None:
-    """What a process of the cluster does first: unpickling this function has imported this module."""
-    crops.load()
+def _ready() -> tuple[str, int]:
+    """What a process of the cluster does first, and which one it is: node and pid."""
+    import ray
+
+    crops.load()  # unpickling this function has imported this module
+    return ray.get_runtime_context().get_node_id(), os.getpid()
 
 
 def _decode(

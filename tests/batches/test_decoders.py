@@ -60,6 +60,25 @@ def test_the_cluster_is_asked_once_training_waits(ray_local, monkeypatch):
         one.close()
 
 
+def test_a_process_that_answers_twice_is_one_helper(ray_local):
+    while decoders.free_cpus() < 2:
+        time.sleep(0.05)
+    busy = ray.remote(num_cpus=1)(lambda: time.sleep(600)).remote()
+    while decoders.free_cpus() > 1:
+        time.sleep(0.05)
+    shared = Shared()
+    shared.ask(2)
+    until = time.monotonic() + 60
+    while not shared.helpers() and time.monotonic() < until:
+        time.sleep(0.05)
+    time.sleep(1.0)  # for the second answer, which comes from the same process
+    assert shared.helpers() == 1
+    ray.cancel(busy, force=True)
+    while shared.helpers() < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+    assert shared.helpers() == 2
+
+
 def test_tasks_decode_what_threads_would(ray_local, threads, monkeypatch):
     while decoders.free_cpus() < 2:  # those of another test come back a little later
         time.sleep(0.05)
