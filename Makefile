@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.locked
 PEERS  := .venv-peers
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test chaos check bench bench-gpu bench-feeds lock clean
+.PHONY: help setup demo test chaos check bench bench-gpu bench-feeds wheel lock clean
 
 help:            ## list the verbs
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -52,6 +52,12 @@ $(PEERS)/.locked: requirements.lock pyproject.toml | $(STAMP)
 	VIRTUAL_ENV=$(CURDIR)/$(PEERS) $(UV) pip install --quiet --no-deps --no-build-isolation -e .
 	VIRTUAL_ENV=$(CURDIR)/$(PEERS) $(UV) pip install --quiet --group peers
 	@touch $@
+
+wheel: setup     ## dist/: a wheel with crops of JPEGs compiled, for this kind of machine (Linux; gcc and libjpeg-dev)
+	rm -rf dist && mkdir -p dist/plain
+	SCALECV_WHEEL=native $(BIN)/python -m hatchling build -t wheel -d dist/plain
+	PATH=$(CURDIR)/$(BIN):$$PATH auditwheel repair --lib-sdir /batches --wheel-dir dist dist/plain/*.whl
+	rm -r dist/plain
 
 lock:            ## recompile requirements.lock from pyproject.toml (needs uv)
 	uv pip compile pyproject.toml --group dev --universal --python-version 3.11 --generate-hashes \

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from scalecv import redact, runtime, storage
 from scalecv.artifacts import tracking
 from scalecv.artifacts.provenance import cpu_model, gpus, versions
+from scalecv.batches import crops_build
 from scalecv.errors import ScalecvError, UserError
 from scalecv.loopback import is_loopback
 
@@ -46,6 +47,7 @@ def checks(storage_uris: Iterable[str] = ()) -> list[Check]:
     looks: list[tuple[str, Callable[[], Check]]] = [
         ("python", _python),
         ("cpu", _cpu),
+        ("jpeg", _jpeg),
         ("gpu", _gpu),
         ("disk", _disk),
         ("shm", _shared_memory),
@@ -91,6 +93,15 @@ def _cpu() -> Check:
     found = f"{cores} cores ({cpu_model()}), {total:.0f} GiB memory, {free:.1f} free"
     low = total < 6
     return Check("cpu", None if low else True, found, "8 GiB or more are comfortable" if low else "")
+
+
+def _jpeg() -> Check:
+    lacks = crops_build.missing()
+    if not lacks:
+        return Check("jpeg", True, "crops by native code")
+    return Check(
+        "jpeg", None, f"crops without native code, for want of {lacks}", "install gcc and libjpeg-dev: half the time"
+    )
 
 
 def _gpu() -> Check:

@@ -46,6 +46,11 @@ def test_kubernetes_files_fit_the_locked_ray_and_ask_for_a_token(name, kind):
         assert mounted == known
 
 
+def test_the_image_can_compile_what_is_compiled_at_first_use():
+    text = (FOLDER / "Dockerfile").read_text()
+    assert all(f" {package} " in text for package in ("gcc", "libc6-dev", "libjpeg62-turbo-dev"))
+
+
 def test_the_jobs_command_is_one_of_ours():
     words = load("kuberay-rayjob.yaml")["spec"]["entrypoint"].split()
     assert words[:4] == ["python", "-m", "scalecv", "train"]

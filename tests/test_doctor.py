@@ -23,7 +23,7 @@ def by_name(found, name):
 def test_a_plain_machine_is_well(tmp_path):
     found = checks([str(tmp_path)])
     names = [c.name for c in found]
-    assert names == ["python", "cpu", "gpu", "disk", "shm", "ray", "head", "mlflow", "storage"]
+    assert names == ["python", "cpu", "jpeg", "gpu", "disk", "shm", "ray", "head", "mlflow", "storage"]
     assert by_name(found, "storage").ok and by_name(found, "mlflow").ok and by_name(found, "python").ok
     assert "ray 2." in by_name(found, "python").found
 

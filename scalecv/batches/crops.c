@@ -3,7 +3,9 @@
    (bilinear, antialias), bit for bit: libjpeg-turbo's colours are interpolated from one pixel further on each side, and
    weights and roundings are those of the kernel.
 
-   cc -O3 -march=native -shared -fPIC crops.c -o crops.so -ljpeg -lm          (quick with AVX2, right without) */
+   cc -O3 -ffp-contract=off -shared -fPIC crops.c -o crops.so -ljpeg -lm
+
+   What it is compiled on does not matter: a processor with AVX2 is quick, any other one right. */
 #include <math.h>
 #include <setjmp.h>
 #include <stdint.h>
@@ -11,8 +13,10 @@
 #include <stdlib.h>
 #include <string.h>
 #include <jpeglib.h>
-#ifdef __AVX2__
+#if defined(__x86_64__) && !defined(PLAIN)
 #include <immintrin.h>
+#define QUICK __attribute__((target("avx2")))
+#define INLINE static inline __attribute__((always_inline, target("avx2")))
 #endif
 
 enum { PAD = 64 }; /* bytes behind each buffer that a vector may read */
@@ -90,8 +94,8 @@ static uint8_t clipped(int sum, int bits) {
     return sum < 0 ? 0 : sum > 255 ? 255 : sum;
 }
 
-#ifdef __AVX2__
-#define INLINE static inline __attribute__((always_inline))
+#ifdef QUICK
+static int is_quick(void) { return __builtin_cpu_supports("avx2"); }
 
 /* Sums of two output pixels, four of 32 bits each. */
 INLINE __m256i two(const uint8_t *line, const struct axis *x, int o, int taps, __m256i half) {
@@ -132,7 +136,7 @@ INLINE void across_by(const uint8_t *line, const struct axis *x, int side, int t
     }
 }
 
-static void across_quick(const uint8_t *line, const struct axis *x, int side, uint8_t *out) {
+QUICK static void across_quick(const uint8_t *line, const struct axis *x, int side, uint8_t *out) {
     if (x->taps == 2) across_by(line, x, side, 2, out);
     else if (x->taps == 4) across_by(line, x, side, 4, out);
     else across_by(line, x, side, x->taps, out);
@@ -158,7 +162,7 @@ INLINE void down_by(const uint8_t *rows, size_t stride, int values, const int16_
     }
 }
 
-static void down_quick(const uint8_t *rows, size_t stride, int values, const int16_t *weight, int taps, int bits, uint8_t *out) {
+QUICK static void down_quick(const uint8_t *rows, size_t stride, int values, const int16_t *weight, int taps, int bits, uint8_t *out) {
     if (taps == 2) down_by(rows, stride, values, weight, 2, bits, out);
     else if (taps == 4) down_by(rows, stride, values, weight, 4, bits, out);
     else down_by(rows, stride, values, weight, taps, bits, out);
@@ -168,9 +172,11 @@ static void down_quick(const uint8_t *rows, size_t stride, int values, const int
 /* One line of pixels, 4 bytes each, to `side` pixels of 3 bytes. */
 static void across(const uint8_t *line, const struct axis *x, int side, uint8_t *out) {
     int from = 0;
-#ifdef __AVX2__
-    across_quick(line, x, side, out);
-    from = side / 4 * 4;
+#ifdef QUICK
+    if (is_quick()) {
+        across_quick(line, x, side, out);
+        from = side / 4 * 4;
+    }
 #endif
     for (int o = from; o < side; o++)
         for (int c = 0; c < 3; c++) {
@@ -183,9 +189,11 @@ static void across(const uint8_t *line, const struct axis *x, int side, uint8_t 
 /* `taps` rows of `values` bytes to one. */
 static void down(const uint8_t *rows, size_t stride, int values, const int16_t *weight, int taps, int bits, uint8_t *out) {
     int from = 0;
-#ifdef __AVX2__
-    down_quick(rows, stride, values, weight, taps, bits, out);
-    from = values / 16 * 16;
+#ifdef QUICK
+    if (is_quick()) {
+        down_quick(rows, stride, values, weight, taps, bits, out);
+        from = values / 16 * 16;
+    }
 #endif
     for (int i = from; i < values; i++) {
         int sum = 1 << (bits - 1);

@@ -1,8 +1,9 @@
-"""Crops of JPEG files by our own C (crops.c), compiled once on each machine that can; the same pixels, sooner.
+"""Crops of JPEG files by our own C (crops.c): the same pixels, sooner.
 
-Of a file only the crop's part becomes pixels, and a run of files is one call, during which other threads run. Without a
-compiler or libjpeg-turbo's headers (Debian: gcc, libjpeg-dev), or where a picture made here would differ in one bit,
-the wheels do it: `scalecv.batches.collate` gives the same either way. SCALECV_NATIVE=0 leaves it to the wheels.
+Of a file only the crop's part becomes pixels, and a run of files is one call, during which other threads run. A wheel
+for this kind of machine has the library; else it is compiled once. Without a compiler or libjpeg-turbo's
+headers (Debian: gcc, libjpeg-dev), or where a picture made here would differ in one bit, other libraries do it:
+`scalecv.batches.collate` gives the same either way. SCALECV_NATIVE=0 leaves it to them.
 """
 
 import ctypes
@@ -10,10 +11,7 @@ import hashlib
 import logging
 import os
 import platform
-import shutil
 import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -23,12 +21,11 @@ import numpy as np
 import torch
 
 from scalecv.batches import transforms
+from scalecv.batches.crops_build import SHIPPED, SOURCE, compile_crops
 from scalecv.cache import user_folder
 from scalecv.shards import jpeg
 
 SWITCH = "SCALECV_NATIVE"
-SOURCE = Path(__file__).with_name("crops.c")
-COMPILE_S = 120.0
 Job = tuple[bytes, transforms.Box, int, int]
 """An encoded picture, the box to take, flips (1: left-right, 2: up-down), and the address where it goes: height, width,
 channel in memory."""
@@ -73,15 +70,18 @@ class Crops:
 
 @lru_cache(maxsize=1)
 def load() -> Crops | None:
-    """What makes crops on this machine; None where the wheels must. The first call ever compiles, some seconds."""
+    """What makes crops on this machine; None where it cannot. The first call ever may compile, some seconds."""
     if os.environ.get(SWITCH) == "0":
         return None
-    try:
-        made = Crops(_library())
-        return made if _is_exact(made) else None
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home folder
-        _log.info("crops are made by the wheels: %s", error)
-        return None
+    for library in (_shipped, _compiled):
+        try:
+            made = Crops(library())
+            if _is_exact(made):
+                return made
+            _log.warning("%s gives other pixels than libjpeg-turbo elsewhere on this machine: not used", library())
+        except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home folder
+            _log.info("no native crops: %s", error)
+    return None
 
 
 def state() -> str:
@@ -89,34 +89,31 @@ def state() -> str:
     if load() is not None:
         return "native crops of JPEGs"
     if os.environ.get(SWITCH) == "0":
-        return f"crops by wheels, for {SWITCH}=0"
-    return "crops by wheels; with gcc and libjpeg-dev installed JPEGs are decoded faster, with the same pixels"
+        return f"crops without native code, for {SWITCH}=0"
+    return "crops without native code; with gcc and libjpeg-dev JPEGs are decoded faster, with the same pixels"
 
 
-def _library() -> Path:
-    """The compiled library in this user's cache, named by its source and this kind of processor.
+def _shipped() -> Path:
+    """The library that came with the package; that of another kind of machine does not load.
+
+    Raises: FileNotFoundError: there is none.
+    """
+    if not SHIPPED.exists():
+        raise FileNotFoundError(f"no {SHIPPED.name} came with the package")
+    return SHIPPED
+
+
+def _compiled() -> Path:
+    """The library in this user's cache, named by its source.
 
     Raises: OSError, subprocess.SubprocessError: no compiler, or it refuses.
     """
-    name = hashlib.sha256(SOURCE.read_bytes() + platform.machine().encode() + processor()).hexdigest()[:32]
+    name = hashlib.sha256(SOURCE.read_bytes() + platform.machine().encode()).hexdigest()[:32]
     target = user_folder() / "native" / f"crops-{name}.so"
     if target.exists():
         return _own(target)
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None:
-        raise FileNotFoundError("there is no C compiler")
     target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        made = Path(folder, target.name)
-        strict = ["-Wl,-z,defs"] if sys.platform == "linux" else []
-        options = ["-O3", "-march=native", "-Werror=implicit-function-declaration", "-shared", "-fPIC", *strict]
-        command = [compiler, *options, str(SOURCE), "-o", str(made), "-ljpeg", "-lm"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_S, check=False)
-        if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if "error" in line] or ["the compiler failed"]
-            raise subprocess.SubprocessError(lines[0][:200])
-        made.chmod(0o700)
-        made.replace(target)
+    compile_crops(target)
     return target
 
 
@@ -132,17 +129,8 @@ def _own(file: Path) -> Path:
     return file
 
 
-def processor() -> bytes:
-    """What -march=native may depend on: a home folder can be shared by machines of several kinds."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor().encode()
-    return "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})).encode()
-
-
 def _is_exact(made: Crops) -> bool:
-    """Whether a picture comes out as by the wheels."""
+    """Whether a picture comes out as by simplejpeg and torch."""
     import simplejpeg
 
     rng = np.random.default_rng(0)
@@ -156,6 +144,5 @@ def _is_exact(made: Crops) -> bool:
         whole = torch.from_numpy(jpeg.decode(data, known)).permute(2, 0, 1)
         cut = whole[:, box[0] : box[0] + box[2], box[1] : box[1] + box[3]]
         if not done[0] or not torch.equal(out, transforms.scaled(cut, 32, 32).flip(-1)):
-            _log.warning("crops are made by the wheels: libjpeg-turbo of this machine gives other pixels")
             return False
     return True

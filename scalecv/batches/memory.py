@@ -16,7 +16,7 @@ from scalecv.errors import DataError
 class Blocks:
     """Memory of batches that nobody holds any more, for the next ones: touching new pages costs a tenth of decoding."""
 
-    def __init__(self, most: int = 8) -> None:
+    def __init__(self, most: int = 2) -> None:
         """Keep up to `most` blocks."""
         self._most, self._free = most, list[np.ndarray]()
 

@@ -16,15 +16,16 @@ import importlib.metadata
 import json
 import logging
 import os
+import platform
 import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from scalecv.batches import crops
 from scalecv.batches.pixels import Pixels
 from scalecv.batches.slots import Fixed, Layout, layout_of
 from scalecv.cache import NodeCache
@@ -220,5 +221,14 @@ def _name(manifest: Manifest, split: str, how: Pixels, layout: Layout) -> str:
 def _software() -> tuple[str, ...]:
     """What decodes and resizes here: another release, or another kind of processor, may round otherwise."""
     names = ("scalecv", "torch", "torchvision", "pillow", "simplejpeg", "rasterio", "numpy")
-    processor = hashlib.sha256(crops.processor()).hexdigest()
-    return processor, *(f"{name} {importlib.metadata.version(name)}" for name in names)
+    return _processor(), *(f"{name} {importlib.metadata.version(name)}" for name in names)
+
+
+def _processor() -> str:
+    """What code that is made for several kinds of processor may choose by."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    told = sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
+    return hashlib.sha256("".join(told).encode()).hexdigest()
