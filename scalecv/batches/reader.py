@@ -30,6 +30,7 @@ answers at once, and what it brings too early takes the CPUs from the first batc
 LEAST_BYTES, MOST_BYTES = 16 << 20, 128 << 20
 JOINED_BYTES = 9_000_000
 """Two row groups of 4 MiB, each with the end of its last image, fit in."""
+RATED_S = 1.0
 LOOK_BYTES, MOST_GROUPS = 32 << 20, 1024
 """How far beyond the requests the order is looked at for neighbours; and how far ahead of the consumer at all."""
 IN_FLIGHT, IN_FLIGHT_LOCAL = 32, 8
@@ -60,7 +61,8 @@ class Pace:
         self.ahead_bytes = start_bytes
         self._request_s = 0.0
         self._bytes_per_s = 0.0
-        self._taken: deque[tuple[float, int]] = deque(maxlen=16)
+        self._taken: deque[tuple[float, int]] = deque()
+        self._taken_bytes = 0
         self._lock = threading.Lock()
 
     def answered(self, seconds: float) -> None:
@@ -69,13 +71,16 @@ class Pace:
             self._request_s = 0.8 * self._request_s + 0.2 * seconds if self._request_s else seconds
 
     def took(self, size_bytes: int, now: float) -> None:
-        """A table was taken. The rate is that of bursts: an epoch begins with many row groups at once."""
+        """A table was taken. Some steps take many at once, which is no rate: it is that of the last second."""
         self._taken.append((now, size_bytes))
-        if len(self._taken) == self._taken.maxlen:
-            seconds = max(1e-6, now - self._taken[0][0])
-            self._bytes_per_s = max(0.98 * self._bytes_per_s, sum(size for _, size in self._taken) / seconds)
-            wanted = 2 * self._bytes_per_s * self._request_s
-            self.ahead_bytes = int(min(max(LEAST_BYTES, wanted), MOST_BYTES))
+        self._taken_bytes += size_bytes
+        seconds = now - self._taken[0][0]
+        if seconds < RATED_S:
+            return
+        while now - self._taken[1][0] >= RATED_S:
+            self._taken_bytes -= self._taken.popleft()[1]
+        self._bytes_per_s = max(0.98 * self._bytes_per_s, self._taken_bytes / (now - self._taken[0][0]))
+        self.ahead_bytes = int(min(max(LEAST_BYTES, 2 * self._bytes_per_s * self._request_s), MOST_BYTES))
 
 
 def threads_reader(dataset: Dataset, groups: Groups, wanted: Iterator[int]) -> Iterator[Any]:

@@ -232,7 +232,7 @@ def test_a_dataset_on_a_local_disk_needs_no_cache(local, tmp_path):
 
 
 def test_what_is_read_ahead_follows_rate_and_latency():
-    def after(megabytes_per_s, request_s, takes=64):
+    def after(megabytes_per_s, request_s, takes=640):
         pace, now = reader.Pace(), 0.0
         for _ in range(takes):
             pace.answered(request_s)
@@ -244,3 +244,13 @@ def test_what_is_read_ahead_follows_rate_and_latency():
     assert after(100, 0.005) == reader.LEAST_BYTES
     assert after(2000, 0.2) == reader.MOST_BYTES
     assert after(400, 0.05, takes=8) == reader.START_BYTES
+
+
+def test_row_groups_that_a_step_takes_at_once_are_no_rate():
+    pace, now = reader.Pace(), 0.0
+    for step in range(100):  # 16 of 4 MB at once, then one in 40 ms: 100 MB/s
+        now += 0.04
+        for _ in range(16 if step in (0, 6) else 1):
+            pace.answered(0.05)
+            pace.took(4_000_000, now)
+    assert reader.LEAST_BYTES <= pace.ahead_bytes < 1.6 * reader.LEAST_BYTES
