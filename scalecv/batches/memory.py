@@ -45,6 +45,7 @@ class BatchMemory:
         self._rows, self._lock, self._blocks = rows, threading.Lock(), blocks
         self._dtype = np.dtype(how.dtype)
         self._pixels: torch.Tensor | None = None
+        self._images: torch.Tensor | None = None
         self._address = self._row_bytes = 0
         self._shapes: set[tuple[int, ...]] = set()
         if how.size_px:
@@ -52,6 +53,7 @@ class BatchMemory:
 
     def _allocate(self, shape: tuple[int, ...]) -> torch.Tensor:
         self._pixels = self._blocks.tensor((self._rows, *shape), self._dtype)
+        self._images = self._pixels.permute(0, 3, 1, 2)  # here, for a call of torch lets threads run that decode
         self._address = self._pixels.data_ptr()
         self._row_bytes = math.prod(shape) * self._dtype.itemsize
         return self._pixels
@@ -83,6 +85,6 @@ class BatchMemory:
 
     def images(self) -> torch.Tensor:
         """[B, C, H, W], channels_last."""
-        if len(self._shapes) > 1 or self._pixels is None:
+        if len(self._shapes) > 1 or self._images is None:
             raise DataError(f"images of one batch have the shapes {sorted(self._shapes)}: set data.size_px")
-        return self._pixels.permute(0, 3, 1, 2)
+        return self._images

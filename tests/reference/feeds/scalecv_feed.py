@@ -28,9 +28,9 @@ def open_feed(work: Work) -> Epochs:
 
     def epoch(number: int) -> Iterator[tuple[Any, Any]]:
         for _, batch in next(upcoming):
-            valid = batch["valid"].tolist()
-            numbers = [number_of(path) for path, counts in zip(batch["path"], valid, strict=True) if counts]
-            yield batch["image"][: len(numbers)], numbers
+            valid, images = batch["valid"].numpy(), batch["image"]
+            numbers = [number_of(path) for path, counts in zip(batch["path"], valid.tolist(), strict=True) if counts]
+            yield images if valid.all() else images[: len(numbers)], numbers
         if number == EPOCHS - 1:
             left.close()
 
