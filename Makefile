@@ -54,7 +54,7 @@ $(PEERS)/.locked: requirements.lock pyproject.toml | $(STAMP)
 	@touch $@
 
 wheel: setup     ## dist/: a wheel with crops of JPEGs compiled, for this kind of machine (Linux; gcc and libjpeg-dev)
-	rm -rf dist && mkdir -p dist/plain
+	rm -rf dist/plain && mkdir -p dist/plain
 	SCALECV_WHEEL=native $(BIN)/python -m hatchling build -t wheel -d dist/plain
 	PATH=$(CURDIR)/$(BIN):$$PATH auditwheel repair --lib-sdir /batches --wheel-dir dist dist/plain/*.whl
 	rm -r dist/plain

@@ -5,6 +5,7 @@ import email.utils
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import time
 import urllib.error
@@ -17,11 +18,12 @@ from urllib.parse import urlsplit
 from scalecv import redact, runtime, storage
 from scalecv.artifacts import tracking
 from scalecv.artifacts.provenance import cpu_model, gpus, versions
-from scalecv.batches import crops_build
 from scalecv.errors import ScalecvError, UserError
 from scalecv.loopback import is_loopback
 
 GIB = 1 << 30
+JPEG_S = 180.0
+"""Longest time for loading torch and compiling, on a slow disk."""
 NEEDED = ("ray", "torch", "torchvision", "mlflow", "pyarrow", "deltalake", "obstore", "pillow", "pydantic")
 
 
@@ -96,12 +98,16 @@ def _cpu() -> Check:
 
 
 def _jpeg() -> Check:
-    lacks = crops_build.missing()
-    if not lacks:
-        return Check("jpeg", True, "crops by native code")
-    return Check(
-        "jpeg", None, f"crops without native code, for want of {lacks}", "install gcc and libjpeg-dev: half the time"
+    """Whether crops are native, from a process of its own: who loads the library knows, and torch comes with it."""
+    ask = "from scalecv.batches import crops; print(int(crops.load() is not None), crops.state())"
+    ours = {"PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))}
+    told = subprocess.run(
+        [sys.executable, "-P", "-c", ask], env=os.environ | ours, capture_output=True, text=True, timeout=JPEG_S
     )
+    if told.returncode:
+        return Check("jpeg", False, f"decoding does not start: {told.stderr.strip().splitlines()[-1][:200]}")
+    is_native, _, found = told.stdout.strip().partition(" ")
+    return Check("jpeg", True if is_native == "1" else None, found)
 
 
 def _gpu() -> Check:

@@ -15,9 +15,12 @@ from scalecv import storage_local as local
 from scalecv import storage_remote as remote
 from scalecv.errors import IntegrityError, StorageDenied
 from scalecv.storage_place import Entry, Place, place_of, without_secrets
+from scalecv.storage_remote import abandon_when, abandoned
 
 __all__ = [
     "Entry",
+    "abandon_when",
+    "abandoned",
     "absolute",
     "check_writable",
     "delete",

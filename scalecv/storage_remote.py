@@ -34,6 +34,17 @@ _log = logging.getLogger("scalecv.storage")
 _lock = threading.Lock()
 _away: set[str] = set()
 """Buckets that were said not to answer."""
+_thread = threading.local()
+
+
+def abandon_when(event: threading.Event | None) -> None:
+    """From this event on, calls of this thread are not tried again: nobody waits for their answer any more."""
+    _thread.abandoned = event
+
+
+def abandoned() -> threading.Event | None:
+    """The event of this thread, to hand on to threads that work for it."""
+    return getattr(_thread, "abandoned", None)
 
 
 def head(place: Place) -> Entry | None:
@@ -232,8 +243,20 @@ def _persist(
             )
         if failing_s > SAY_AFTER_S:
             _silent(place, why, failing_s, budget_s)
-        time.sleep(min(wait_s * (0.5 + random.random()), max(0.0, budget_s - failing_s)))  # noqa: S311 - jitter
+        _pause(min(wait_s * (0.5 + random.random()), max(0.0, budget_s - failing_s)), place, why)  # noqa: S311 - jitter
         wait_s = min(wait_s * 2, 5.0)
+
+
+def _pause(seconds: float, place: Place, why: str) -> None:
+    """Wait before a call is tried again.
+
+    Raises: StorageError: the thread's calls are abandoned.
+    """
+    event = abandoned()
+    if event is None:
+        time.sleep(seconds)
+    elif event.wait(seconds):
+        raise StorageError(f"{place.uri}: not asked again, for the run stops; last: {why}")
 
 
 def _silent(place: Place, why: str, failing_s: float, budget_s: float) -> None:

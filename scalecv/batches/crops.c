@@ -19,6 +19,11 @@
 #define INLINE static inline __attribute__((always_inline, target("avx2")))
 #endif
 
+#ifndef SOURCE
+#define SOURCE ""
+#endif
+const char source[] = SOURCE; /* which crops.c this was, for those who load it */
+
 enum { PAD = 64 }; /* bytes behind each buffer that a vector may read */
 
 struct failure { struct jpeg_error_mgr manager; jmp_buf jump; };

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from scalecv.batches import transforms
-from scalecv.batches.crops_build import SHIPPED, SOURCE, compile_crops
+from scalecv.batches.crops_build import BUILD, SHIPPED, SOURCE, compile_crops, missing, source_mark
 from scalecv.cache import user_folder
 from scalecv.shards import jpeg
 
@@ -36,8 +36,14 @@ class Crops:
     """The compiled functions."""
 
     def __init__(self, library: Path) -> None:
-        """Raises: OSError: not a library for this machine."""
+        """Raises: OSError: not a library for this machine, or of another crops.c."""
         loaded = ctypes.CDLL(str(library))  # a call lets other threads run
+        try:
+            mark = ctypes.string_at(ctypes.addressof(ctypes.c_char.in_dll(loaded, "source")))
+        except ValueError:
+            mark = b""
+        if mark.decode("ascii", "replace") != source_mark():
+            raise OSError(f"{library} was not made of this {SOURCE.name}")
         self._crop, self._room = loaded.crop_images, loaded.room
         pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
         self._crop.argtypes = [number, pointer, pointer, pointer, number, pointer, pointer, size, pointer]
@@ -73,12 +79,14 @@ def load() -> Crops | None:
     """What makes crops on this machine; None where it cannot. The first call ever may compile, some seconds."""
     if os.environ.get(SWITCH) == "0":
         return None
-    for library in (_shipped, _compiled):
+    for library in (_shipped, _kept, _compiled):
         try:
             made = Crops(library())
             if _is_exact(made):
                 return made
-            _log.warning("%s gives other pixels than libjpeg-turbo elsewhere on this machine: not used", library())
+            _log.warning("%s gives other pixels than simplejpeg and torch on this machine: not used", library())
+            if library is not _shipped:
+                break  # another one would be made of the same libjpeg-turbo
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home folder
             _log.info("no native crops: %s", error)
     return None
@@ -90,7 +98,13 @@ def state() -> str:
         return "native crops of JPEGs"
     if os.environ.get(SWITCH) == "0":
         return f"crops without native code, for {SWITCH}=0"
-    return "crops without native code; with gcc and libjpeg-dev JPEGs are decoded faster, with the same pixels"
+    lacks = missing()
+    why = (
+        f", for want of {lacks} (Debian: gcc libjpeg-dev): twice the time"
+        if lacks
+        else ": what was compiled does not load here, or gives other pixels"
+    )
+    return f"crops without native code{why}"
 
 
 def _shipped() -> Path:
@@ -103,18 +117,34 @@ def _shipped() -> Path:
     return SHIPPED
 
 
+def _place() -> Path:
+    """Where this user keeps the library for this system: a home folder can be shared by several."""
+    try:
+        release = platform.freedesktop_os_release()
+        system = f"{release.get('ID')} {release.get('VERSION_ID')}"
+    except OSError:
+        system = platform.platform()
+    about = SOURCE.read_bytes() + BUILD.read_bytes() + f"{platform.machine()} {system}".encode()
+    return user_folder() / "native" / f"crops-{hashlib.sha256(about).hexdigest()[:32]}.so"
+
+
+def _kept() -> Path:
+    """The library that was compiled before.
+
+    Raises: OSError: there is none, or it can be somebody else's.
+    """
+    return _own(_place())
+
+
 def _compiled() -> Path:
-    """The library in this user's cache, named by its source.
+    """The library, compiled now.
 
     Raises: OSError, subprocess.SubprocessError: no compiler, or it refuses.
     """
-    name = hashlib.sha256(SOURCE.read_bytes() + platform.machine().encode()).hexdigest()[:32]
-    target = user_folder() / "native" / f"crops-{name}.so"
-    if target.exists():
-        return _own(target)
+    target = _place()
     target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     compile_crops(target)
-    return target
+    return _own(target)
 
 
 def _own(file: Path) -> Path:
@@ -136,13 +166,13 @@ def _is_exact(made: Crops) -> bool:
     rng = np.random.default_rng(0)
     noise = np.repeat(np.repeat(rng.integers(0, 256, (12, 14, 3), np.uint8), 7, 0), 7, 1)
     box: transforms.Box = (9, 21, 61, 70)
-    for sampling in ("444", "422", "420"):
+    for sampling, side in (("444", 32), ("422", 96), ("420", 32), ("440", 96), ("411", 32)):
         data = simplejpeg.encode_jpeg(noise, quality=85, colorsubsampling=sampling)
         known: Any = jpeg.header(data)
-        out = torch.empty((32, 32, 3), dtype=torch.uint8).permute(2, 0, 1)
-        done = made([(data, box, 1, out.data_ptr())], 32, np.empty(made.room(known, box, 32), np.uint8))
+        out = torch.empty((side, side, 3), dtype=torch.uint8).permute(2, 0, 1)
+        done = made([(data, box, 1, out.data_ptr())], side, np.empty(made.room(known, box, side), np.uint8))
         whole = torch.from_numpy(jpeg.decode(data, known)).permute(2, 0, 1)
         cut = whole[:, box[0] : box[0] + box[2], box[1] : box[1] + box[3]]
-        if not done[0] or not torch.equal(out, transforms.scaled(cut, 32, 32).flip(-1)):
+        if not done[0] or not torch.equal(out, transforms.scaled(cut, side, side).flip(-1)):
             return False
     return True

@@ -3,6 +3,7 @@
 Nothing but the standard library, for `hatch_build.py` runs before anything is installed.
 """
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -11,25 +12,39 @@ import tempfile
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("crops.c")
+BUILD = Path(__file__)
 SHIPPED = Path(__file__).with_name("libcrops.so")
 """Where a wheel has the compiled library."""
 COMPILE_S = 120.0
 
 
+LOOK_S = 10.0
+
+
+def source_mark() -> str:
+    """What a library has to be marked with: that of another crops.c may take its arguments in another way."""
+    return hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:32]
+
+
 def missing() -> str:
-    """What this machine lacks for having the library; empty where it has it, or can compile it."""
-    if SHIPPED.exists():
-        return ""
+    """What this machine lacks for compiling the library; empty where that should work."""
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         return "a C compiler"
     asked = [compiler, "-E", "-x", "c", "-include", "stdio.h", "-include", "jpeglib.h", os.devnull]
-    return "libjpeg-turbo's headers" if subprocess.run(asked, capture_output=True, check=False).returncode else ""
+    try:
+        done = subprocess.run(asked, capture_output=True, check=False, timeout=LOOK_S)
+    except (OSError, subprocess.TimeoutExpired):
+        return "a C compiler that answers"
+    return "libjpeg-turbo's headers" if done.returncode else ""
 
 
-def compile_crops(target: Path) -> None:
+def compile_crops(target: Path, *more: str) -> None:
     """The library, whole or not at all; it runs on every processor of this kind of machine.
 
+    Args:
+        target: where it belongs.
+        more: options of the compiler.
     Raises: FileNotFoundError: there is no compiler. subprocess.SubprocessError: it refuses, as it does without the
         headers of libjpeg-turbo.
     """
@@ -37,11 +52,12 @@ def compile_crops(target: Path) -> None:
     if compiler is None:
         raise FileNotFoundError("there is no C compiler")
     strict = ["-Wl,-z,defs"] if sys.platform == "linux" else []
-    options = ["-O3", "-ffp-contract=off", "-Werror=implicit-function-declaration", "-shared", "-fPIC", *strict]
+    options = ["-O3", "-ffp-contract=off", "-Werror=implicit-function-declaration", "-shared", "-fPIC", *strict, *more]
+    options.append(f'-DSOURCE="{source_mark()}"')
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder, target.name)
         command = [compiler, *options, str(SOURCE), "-o", str(made), "-ljpeg", "-lm"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_S, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=COMPILE_S, check=False)
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "error" in line] or ["the compiler failed"]
             raise subprocess.SubprocessError(lines[0][:200])

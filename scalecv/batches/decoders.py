@@ -29,7 +29,9 @@ LOCAL_BATCHES = 2
 PATIENCE_S = 5.0
 """Seconds that a batch may be late before it is decoded here."""
 ASK_AGAIN_S = 1.0
-"""Seconds between two calls for processes of the cluster."""
+"""Seconds between two calls for processes of the cluster, while new ones answer."""
+STAY_S = 0.05
+"""A process that is called stays busy for so long, that others of the same call go to other processes."""
 LOOK_S, LOOK_BATCHES, WAITS = 5.0, 10, 0.1
 """Training is looked at over so many seconds and batches; from this share of waiting on the cluster is asked."""
 
@@ -43,8 +45,10 @@ class Shared:
         """Whether CPUs of the cluster were asked to decode."""
         self._said: set[str] = set()
         self._lock = threading.Lock()
-        self._wanted, self._asked_at = 0, 0.0
+        self._wanted, self._ask_at, self._in_vain = 0, 0.0, 0
         self._called, self._processes = list[Any](), set[tuple[str, int]]()
+        self.trouble = ""
+        """Why processes of the cluster could not get ready."""
 
     def once(self, about: str, note: str) -> list[str]:
         """The note, if no epoch before has given one about the same."""
@@ -64,29 +68,41 @@ class Shared:
         """Processes of the cluster that are ready to decode for this feed.
 
         A process that was ready early may take the call meant for one that starts yet: who has answered counts, not
-        how often, and the rest is asked again.
+        how often, and the rest is asked again, each time after twice as long while nobody new answers.
         """
         with self._lock:
             if self._called:
                 self._listen()
-            elif len(self._processes) < self._wanted and time.monotonic() - self._asked_at > ASK_AGAIN_S:
+            elif len(self._processes) < self._wanted and time.monotonic() >= self._ask_at:
                 self._call()
             return min(len(self._processes), self._wanted)
 
+    def lost(self) -> None:
+        """Hear that a batch did not come back: which process is gone is not known, so all are asked again."""
+        with self._lock:
+            self._processes.clear()
+            self._ask_at, self._in_vain = 0.0, 0
+
     def _call(self) -> None:
         """Call every process that is wanted, since none can be chosen."""
-        self._asked_at = time.monotonic()
         self._called = [_task(_ready).remote() for _ in range(self._wanted)]
 
     def _listen(self) -> None:
         import ray
 
         done, self._called = ray.wait(self._called, num_returns=len(self._called), timeout=0)
+        before = len(self._processes)
         for answer in done:
             try:
                 self._processes.add(ray.get(answer))
-            except ray.exceptions.RayError:
-                continue  # it was lost, or its function failed: no help from there
+            except ray.exceptions.RayError as error:
+                self.trouble = str(error).strip().splitlines()[-1][:200]
+        if len(self._processes) > before:
+            self._in_vain = 0
+        elif not self._called:
+            self._in_vain = min(self._in_vain + 1, 8)
+        if not self._called:
+            self._ask_at = time.monotonic() + ASK_AGAIN_S * 2**self._in_vain
 
 
 class Pending(Protocol):
@@ -148,6 +164,9 @@ class Decoders:
 
     def start(self, rows: list[Row], seeds: tuple[int, int] | None) -> Pending:
         """Begin with a batch."""
+        if self.shared.trouble:
+            note = f"processes of the cluster could not get ready to decode: {self.shared.trouble}"
+            self.notes += self.shared.once("trouble", note)
         if self._here >= LOCAL_BATCHES and self._away < self.helpers:
             self._away += 1
             return _Away(self, rows, seeds)
@@ -209,12 +228,14 @@ class _Away:
             ready, _ = ray.wait([self._answer], timeout=PATIENCE_S)
             if not ready:
                 ray.cancel(self._answer)
+                self._decoders.shared.lost()
                 return self._decoders.here(self._rows, self._seeds)
             try:
                 image, mask, label, took = ray.get(self._answer)
             except IntegrityError:
                 raise
             except ray.exceptions.RayError:
+                self._decoders.shared.lost()
                 return self._decoders.here(self._rows, self._seeds)
             self._decoders.given_away += 1
         finally:
@@ -250,6 +271,7 @@ def _ready() -> tuple[str, int]:
     import ray
 
     crops.load()  # unpickling this function has imported this module
+    time.sleep(STAY_S)
     return ray.get_runtime_context().get_node_id(), os.getpid()
 
 

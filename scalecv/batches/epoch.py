@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from scalecv import storage
 from scalecv.batches.collate import Row
 from scalecv.batches.decoders import Decoders
 from scalecv.batches.reader import READERS, Groups, read_or_error
@@ -114,7 +115,8 @@ class Epoch:
         schedule, ahead = _tee(
             _without(self.plan.reads(self._start, feed.rank, feed.ranks), held if feed.keeps else None)
         )
-        tables = READERS[feed.reader](feed.dataset, groups, ahead)
+        storage.abandon_when(self._stop)  # also where this thread reads by itself, in the place of a damaged row group
+        tables = READERS[feed.reader](feed.dataset, groups, ahead, self._stop)
         try:
             for step, fetch, drop in schedule:
                 for group in fetch:

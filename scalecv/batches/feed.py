@@ -163,7 +163,7 @@ class Feed:
         Raises: IntegrityError: one is damaged.
         """
         wanted = (group for _, fetch, _ in self.plan(epoch).reads(0, self.rank, self.ranks) for group in fetch)
-        return map(whole, READERS[self.reader](self.dataset, self.groups, wanted))
+        return map(whole, READERS[self.reader](self.dataset, self.groups, wanted, None))
 
     def some_rows(self, most: int) -> list[Row]:
         """Encoded rows from the beginning of the split.

@@ -53,7 +53,7 @@ class BatchMemory:
 
     def _allocate(self, shape: tuple[int, ...]) -> torch.Tensor:
         self._pixels = self._blocks.tensor((self._rows, *shape), self._dtype)
-        self._images = self._pixels.permute(0, 3, 1, 2)  # here, for a call of torch lets threads run that decode
+        self._images = self._pixels.permute(0, 3, 1, 2)  # made here: a call of torch gives the interpreter away
         self._address = self._pixels.data_ptr()
         self._row_bytes = math.prod(shape) * self._dtype.itemsize
         return self._pixels

@@ -38,8 +38,9 @@ IN_FLIGHT, IN_FLIGHT_LOCAL = 32, 8
 
 Groups = list[tuple[Shard, int]]
 """Row groups of a split: shard and number in it, in the order of the manifest."""
-Reader = Callable[[Dataset, Groups, Iterator[int]], Iterator[Any]]
-"""(dataset, row groups, numbers to read) -> Arrow tables in that order, an IntegrityError where one cannot be read."""
+Reader = Callable[[Dataset, Groups, Iterator[int], threading.Event | None], Iterator[Any]]
+"""(dataset, row groups, numbers to read, event that ends it) -> Arrow tables in that order, an IntegrityError where one
+cannot be read. After the event a store that is away is not waited for: StorageError."""
 
 
 @dataclass(eq=False)
@@ -71,7 +72,7 @@ class Pace:
             self._request_s = 0.8 * self._request_s + 0.2 * seconds if self._request_s else seconds
 
     def took(self, size_bytes: int, now: float) -> None:
-        """A table was taken. Some steps take many at once, which is no rate: it is that of the last second."""
+        """A table was taken. Some steps take many at once, which is no rate: that of a second is, slowly forgotten."""
         self._taken.append((now, size_bytes))
         self._taken_bytes += size_bytes
         seconds = now - self._taken[0][0]
@@ -79,16 +80,20 @@ class Pace:
             return
         while now - self._taken[1][0] >= RATED_S:
             self._taken_bytes -= self._taken.popleft()[1]
-        self._bytes_per_s = max(0.98 * self._bytes_per_s, self._taken_bytes / (now - self._taken[0][0]))
+        self._bytes_per_s = max(
+            0.98 * self._bytes_per_s, (self._taken_bytes - self._taken[0][1]) / (now - self._taken[0][0])
+        )
         self.ahead_bytes = int(min(max(LEAST_BYTES, 2 * self._bytes_per_s * self._request_s), MOST_BYTES))
 
 
-def threads_reader(dataset: Dataset, groups: Groups, wanted: Iterator[int]) -> Iterator[Any]:
+def threads_reader(
+    dataset: Dataset, groups: Groups, wanted: Iterator[int], stop: threading.Event | None = None
+) -> Iterator[Any]:
     """Row groups read by threads of this process; `wanted` is walked only as far as is read ahead."""
     is_local = storage.is_local(dataset.uri)
     threads = min(IN_FLIGHT_LOCAL, 2 * (os.cpu_count() or 1)) if is_local else IN_FLIGHT
     queue: deque[_Wanted] = deque()
-    with ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
+    with ThreadPoolExecutor(threads, "read", initializer=storage.abandon_when, initargs=(stop,)) as pool:
         ahead = _Ahead(dataset, groups, wanted, queue, pool)
         try:
             while ahead.fill():
@@ -225,7 +230,9 @@ def _read_alone(dataset: Dataset, shard: Shard, index: int) -> Any:
         return error
 
 
-def ray_reader(dataset: Dataset, groups: Groups, wanted: Iterator[int]) -> Iterator[Any]:
+def ray_reader(
+    dataset: Dataset, groups: Groups, wanted: Iterator[int], stop: threading.Event | None = None
+) -> Iterator[Any]:
     """Row groups read by Ray Data tasks anywhere in the cluster, in the planned order (see batches/ray_reader.py)."""
     from scalecv.batches.ray_reader import stream
 

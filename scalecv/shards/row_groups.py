@@ -151,7 +151,9 @@ def _get(path: str, start: int, end: int, reads: Reads, memory: memoryview | Non
             return get(start, end)
         starts = range(start, end, RANGE_BYTES)
         whole = memoryview(bytearray(end - start))
-        with ThreadPoolExecutor(min(8, len(starts))) as pool:
+        with ThreadPoolExecutor(
+            min(8, len(starts)), initializer=storage.abandon_when, initargs=(storage.abandoned(),)
+        ) as pool:
             for first, part in zip(
                 starts, pool.map(lambda at: get(at, min(at + RANGE_BYTES, end)), starts), strict=True
             ):

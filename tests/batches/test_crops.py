@@ -1,7 +1,6 @@
-"""Crops by C are those by the wheels, bit for bit; what it cannot do, and a missing compiler, change nothing."""
+"""Crops by C are those by simplejpeg and torch, bit for bit; what it cannot do, and no compiler, change nothing."""
 
 import dataclasses
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -10,7 +9,7 @@ import simplejpeg
 import torch
 
 from scalecv import cache
-from scalecv.batches import collate, crops, transforms
+from scalecv.batches import collate, crops, crops_build, transforms
 from scalecv.batches.collate import Row
 from scalecv.errors import IntegrityError
 from scalecv.shards import jpeg
@@ -30,7 +29,7 @@ def anew(monkeypatch):
 
 
 def compare(made, seed, most=300):
-    """One random picture, box and size, by C and by the wheels."""
+    """One random picture, box and size, by C and by simplejpeg and torch."""
     rng = np.random.default_rng(seed)
     height, width = rng.integers(8, most, 2).tolist()
     sampling = ("444", "422", "420", "440", "411")[seed % 5]
@@ -59,8 +58,7 @@ def test_every_pixel_is_that_of_the_whole_picture_decoded_and_resized():
 @needs_native
 def test_the_same_without_vector_instructions(tmp_path):
     made = tmp_path / "plain.so"
-    command = ["cc", "-O1", "-DPLAIN", "-shared", "-fPIC", str(crops.SOURCE), "-o", str(made), "-ljpeg", "-lm"]
-    subprocess.run(command, check=True, capture_output=True)
+    crops_build.compile_crops(made, "-O1", "-DPLAIN")
     for seed in range(40):
         compare(crops.Crops(made), seed, most=120)
 
@@ -76,7 +74,7 @@ def test_the_same_without_vector_instructions(tmp_path):
     ],
 )
 @pytest.mark.parametrize("resize", ["stretch", "crop"])
-def test_a_batch_is_the_same_by_the_wheels(anew, augment, resize):
+def test_a_batch_is_the_same_without_native_code(anew, augment, resize):
     how = dataclasses.replace(pixels(**augment), resize=resize)
     some = rows(kinds=("JPEG", "PNG", "JPEG"))
     some[3] = some[3]._replace(image=encoded(picture(40, 40).convert("L"), "JPEG"))  # grey
@@ -120,7 +118,7 @@ def test_no_more_than_the_given_memory_is_written():
     assert not out.any()
 
 
-def test_without_a_compiler_the_wheels_do_it(anew, tmp_path):
+def test_without_a_compiler_other_libraries_do_it(anew, tmp_path):
     anew.setenv("XDG_CACHE_HOME", str(tmp_path))
     anew.setenv("CC", "no-such-compiler")
     assert crops.load() is None

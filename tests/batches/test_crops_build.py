@@ -1,6 +1,9 @@
 """A wheel brings the compiled crops with it, and what they are linked to; one that does not load is passed over."""
 
 import os
+import platform
+import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -14,6 +17,26 @@ from scalecv.doctor import checks
 
 ROOT = Path(__file__).parents[2]
 needs_native = pytest.mark.skipif(crops.load() is None, reason=crops.state())
+needs_builder = pytest.mark.skipif(
+    crops_build.missing() != ""
+    or platform.libc_ver()[0] != "glibc"
+    or not any(Path(file).exists() for file in runpy.run_path(str(ROOT / "hatch_build.py"))["LICENCES"]),
+    reason="a wheel is built with glibc, a compiler, and libjpeg-turbo with its headers and its licence",
+)
+
+
+@pytest.fixture(autouse=True)
+def anew():
+    """The choice is made anew, and once more after the test."""
+    crops.load.cache_clear()
+    yield
+    crops.load.cache_clear()
+
+
+def jpeg_check():
+    return next(check for check in checks() if check.name == "jpeg")
+
+
 SAYS = """
 import sys
 from scalecv.batches import crops
@@ -22,12 +45,12 @@ print(*{line.split()[-1] for line in open("/proc/self/maps") if "/batches/" in l
 """
 
 
-def wheel(folder, kind):
+def wheel(folder, kind, root=ROOT):
     """A wheel of this checkout, as `make wheel` makes it."""
     plain, bins = folder / "plain", str(Path(sys.executable).parent)
     environment = os.environ | {"SCALECV_WHEEL": kind, "PATH": f"{bins}{os.pathsep}{os.environ['PATH']}"}
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(plain)]
-    subprocess.run(build, cwd=ROOT, env=environment, check=True, capture_output=True)
+    subprocess.run(build, cwd=root, env=environment, check=True, capture_output=True)
     (made,) = plain.iterdir()
     if kind == "native":
         repair = ["auditwheel", "repair", "--lib-sdir", "/batches", "--wheel-dir", str(folder), str(made)]
@@ -36,7 +59,7 @@ def wheel(folder, kind):
     return made
 
 
-@needs_native
+@needs_builder
 def test_a_wheel_needs_no_compiler_and_no_library_of_the_system(tmp_path):
     made = wheel(tmp_path, "native")
     assert "-py3-none-manylinux" in made.name
@@ -54,15 +77,22 @@ def test_a_wheel_needs_no_compiler_and_no_library_of_the_system(tmp_path):
 
 
 def test_what_a_machine_lacks_is_told(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "no-headers").write_text("#!/bin/sh\nexit 1\n")
     (tmp_path / "no-headers").chmod(0o755)
     for compiler, lacks in (("no-such-compiler", "a C compiler"), (tmp_path / "no-headers", "libjpeg-turbo's headers")):
         monkeypatch.setenv("CC", str(compiler))
         assert crops_build.missing() == lacks
-        found = next(check for check in checks() if check.name == "jpeg")
-        assert (found.ok, found.found) == (None, f"crops without native code, for want of {lacks}")
-    monkeypatch.setattr(crops_build, "SHIPPED", tmp_path / "no-headers")
-    assert crops_build.missing() == ""
+        crops.load.cache_clear()
+        told = f"crops without native code, for want of {lacks} (Debian: gcc libjpeg-dev): twice the time"
+        assert (jpeg_check().ok, jpeg_check().found) == (None, told)
+
+
+def test_the_image_of_a_node_copies_all_that_a_build_needs(tmp_path):
+    copied = re.findall(r"^COPY (.+) \./", (ROOT / "cluster/Dockerfile").read_text(), re.MULTILINE)
+    for name in " ".join(copied).split():
+        shutil.copytree(ROOT / name, tmp_path / name) if (ROOT / name).is_dir() else shutil.copy(ROOT / name, tmp_path)
+    assert wheel(tmp_path / "dist", "", tmp_path).name.endswith("-py3-none-any.whl")
 
 
 def test_without_being_asked_a_wheel_is_pure_python(tmp_path):
@@ -80,10 +110,58 @@ def test_without_being_asked_a_wheel_is_pure_python(tmp_path):
 def test_a_library_of_another_machine_is_passed_over(tmp_path, monkeypatch):
     shutil.copy(crops_build.SOURCE, tmp_path / "libcrops.so")
     monkeypatch.setattr(crops, "SHIPPED", tmp_path / "libcrops.so")
-    crops.load.cache_clear()
     assert crops.load() is not None
     monkeypatch.setenv("CC", "no-such-compiler")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     crops.load.cache_clear()
-    assert crops.load() is None
+    assert crops.load() is None and jpeg_check().ok is None
+
+
+def changed(monkeypatch, folder, library, mark, old="", new=""):
+    """A library of a changed crops.c, marked as it is told."""
+    source = folder / "changed.c"
+    source.write_text(crops_build.SOURCE.read_text().replace(old, new))
+    with monkeypatch.context() as patched:
+        patched.setattr(crops_build, "SOURCE", source)
+        patched.setattr(crops_build, "source_mark", lambda: mark)
+        crops_build.compile_crops(library, "-DPLAIN")
+
+
+@needs_builder
+def test_a_library_of_another_source_is_passed_over(tmp_path, monkeypatch):
+    for number, mark in enumerate((crops_build.source_mark(), "another", "")):
+        library = tmp_path / f"{number}.so"
+        changed(monkeypatch, tmp_path, library, mark)
+        if number == 0:
+            crops.Crops(library)
+            continue
+        with pytest.raises(OSError, match=r"was not made of this crops\.c"):
+            crops.Crops(library)
+    subprocess.run(["cc", "-shared", "-x", "c", "/dev/null", "-o", str(tmp_path / "empty.so")], check=True)
+    with pytest.raises(OSError, match=r"was not made of this crops\.c"):
+        crops.Crops(tmp_path / "empty.so")
+
+
+@needs_builder
+def test_one_in_the_cache_that_does_not_load_is_compiled_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    place = crops._place()
+    place.parent.mkdir(parents=True, mode=0o700)
+    place.write_bytes(b"not a library")
+    place.chmod(0o700)
+    assert crops.load() is not None and jpeg_check().ok
+
+
+@needs_builder
+def test_a_library_that_gives_other_pixels_is_not_used(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    library = tmp_path / "libcrops.so"
+    changed(monkeypatch, tmp_path, library, crops_build.source_mark(), "sum >>= bits;", "sum = (sum >> bits) ^ 1;")
+    monkeypatch.setattr(crops, "SHIPPED", library)
+    assert crops.load() is not None, "then it is compiled"
+    assert f"{library} gives other pixels" in caplog.text
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    crops._place().parent.mkdir(parents=True, mode=0o700)
+    library.replace(crops._place())
     crops.load.cache_clear()
+    assert crops.load() is None and "gives other pixels" in crops.state()

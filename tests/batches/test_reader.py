@@ -217,6 +217,22 @@ print(sum(len(table) for table in tables), dataset.reads.gets, flush=True)
     assert sum(int(gets) for _, gets in said) == dataset.reads.gets
 
 
+def test_a_feed_that_stops_does_not_wait_for_a_store_that_is_away(uri, proxy, local):
+    dataset = opened(uri, proxy)
+    pixels = pixels_of(dataset.manifest, Data(uri=uri, size_px=32), uri)
+    feed = Feed(dataset, "train", pixels, batch=8, is_training=True, window_mb=0)
+    epoch = feed.epoch(0)
+    next(iter(epoch))
+    proxy.faults = Faults(away=True)
+    again = feed.epoch(1)
+    time.sleep(1.0)  # requests have failed and wait to be tried again: up to 5 minutes
+    began = time.monotonic()
+    again.close()
+    epoch.close()
+    assert time.monotonic() - began < 30
+    proxy.faults = Faults()
+
+
 def test_a_cache_that_cannot_be_written_changes_nothing(uri, proxy, local, tmp_path, caplog):
     (tmp_path / "file").write_bytes(b"")
     dataset = opened(uri, proxy, dir=str(tmp_path / "file" / "cache"))
