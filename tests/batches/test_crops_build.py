@@ -85,7 +85,8 @@ def test_what_a_machine_lacks_is_told(monkeypatch, tmp_path):
         assert crops_build.missing() == lacks
         crops.load.cache_clear()
         told = f"crops without native code, for want of {lacks} (Debian: gcc libjpeg-dev): twice the time"
-        assert (jpeg_check().ok, jpeg_check().found) == (None, told)
+        found = jpeg_check()
+        assert (found.ok, found.found) == (None, told)
 
 
 def test_the_image_of_a_node_copies_all_that_a_build_needs(tmp_path):
