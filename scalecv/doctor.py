@@ -105,8 +105,9 @@ def _jpeg() -> Check:
         [sys.executable, "-P", "-c", ask], env=os.environ | ours, capture_output=True, text=True, timeout=JPEG_S
     )
     if told.returncode:
-        return Check("jpeg", False, f"decoding does not start: {told.stderr.strip().splitlines()[-1][:200]}")
-    is_native, _, found = told.stdout.strip().partition(" ")
+        said = (told.stderr.strip().splitlines() or [f"exit code {told.returncode}"])[-1][:200]
+        return Check("jpeg", False, f"what decodes JPEGs does not start: {said}", "make setup")
+    is_native, _, found = told.stdout.strip().splitlines()[-1].partition(" ")
     return Check("jpeg", True if is_native == "1" else None, found)
 
 

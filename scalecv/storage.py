@@ -15,9 +15,10 @@ from scalecv import storage_local as local
 from scalecv import storage_remote as remote
 from scalecv.errors import IntegrityError, StorageDenied
 from scalecv.storage_place import Entry, Place, place_of, without_secrets
-from scalecv.storage_remote import abandon_when, abandoned
+from scalecv.storage_remote import Abandoned, abandon_when, abandoned
 
 __all__ = [
+    "Abandoned",
     "Entry",
     "abandon_when",
     "abandoned",

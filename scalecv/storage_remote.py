@@ -37,6 +37,10 @@ _away: set[str] = set()
 _thread = threading.local()
 
 
+class Abandoned(StorageError):
+    """A call that its thread no longer wanted (see `abandon_when`): it says nothing of the store."""
+
+
 def abandon_when(event: threading.Event | None) -> None:
     """From this event on, calls of this thread are not tried again: nobody waits for their answer any more."""
     _thread.abandoned = event
@@ -250,13 +254,13 @@ def _persist(
 def _pause(seconds: float, place: Place, why: str) -> None:
     """Wait before a call is tried again.
 
-    Raises: StorageError: the thread's calls are abandoned.
+    Raises: Abandoned: the thread's calls are not wanted any more.
     """
     event = abandoned()
     if event is None:
         time.sleep(seconds)
     elif event.wait(seconds):
-        raise StorageError(f"{place.uri}: not asked again, for the run stops; last: {why}")
+        raise Abandoned(f"{place.uri}: not asked again, for the run stops; last: {why}")
 
 
 def _silent(place: Place, why: str, failing_s: float, budget_s: float) -> None:

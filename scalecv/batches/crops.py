@@ -102,7 +102,7 @@ def state() -> str:
     why = (
         f", for want of {lacks} (Debian: gcc libjpeg-dev): twice the time"
         if lacks
-        else ": what was compiled does not load here, or gives other pixels"
+        else ": it does not compile or load here, or gives other pixels"
     )
     return f"crops without native code{why}"
 

@@ -31,6 +31,7 @@ LEAST_BYTES, MOST_BYTES = 16 << 20, 128 << 20
 JOINED_BYTES = 9_000_000
 """Two row groups of 4 MiB, each with the end of its last image, fit in."""
 RATED_S = 1.0
+"""Over which the rate is taken: windows begin with up to 16 row groups at once."""
 LOOK_BYTES, MOST_GROUPS = 32 << 20, 1024
 """How far beyond the requests the order is looked at for neighbours; and how far ahead of the consumer at all."""
 IN_FLIGHT, IN_FLIGHT_LOCAL = 32, 8
@@ -40,7 +41,7 @@ Groups = list[tuple[Shard, int]]
 """Row groups of a split: shard and number in it, in the order of the manifest."""
 Reader = Callable[[Dataset, Groups, Iterator[int], threading.Event | None], Iterator[Any]]
 """(dataset, row groups, numbers to read, event that ends it) -> Arrow tables in that order, an IntegrityError where one
-cannot be read. After the event a store that is away is not waited for: StorageError."""
+cannot be read. After the event threads of this process do not wait for a store that is away: Abandoned."""
 
 
 @dataclass(eq=False)
@@ -75,8 +76,7 @@ class Pace:
         """A table was taken. Some steps take many at once, which is no rate: that of a second is, slowly forgotten."""
         self._taken.append((now, size_bytes))
         self._taken_bytes += size_bytes
-        seconds = now - self._taken[0][0]
-        if seconds < RATED_S:
+        if now - self._taken[0][0] < RATED_S:
             return
         while now - self._taken[1][0] >= RATED_S:
             self._taken_bytes -= self._taken.popleft()[1]

@@ -241,7 +241,10 @@ class Footers:
         if is_mine and coming:
             self._fetch(path, shard, cache, reads, coming)
         if coming:
-            packed = coming.result()
+            try:
+                packed = coming.result()
+            except storage.Abandoned:  # by who asked first; this one still wants it
+                return self(path, shard, cache, reads)
         try:
             parsed = pq.read_metadata(pa.BufferReader(zlib.decompress(packed or b"")))
         except (pa.ArrowException, OSError, ValueError) as error:  # only where the manifest has no hash of it

@@ -79,6 +79,27 @@ def test_a_process_that_answers_twice_is_one_helper(ray_local):
     assert shared.helpers() == 2
 
 
+def test_processes_that_cannot_get_ready_are_told_of_and_asked_ever_more_seldom(ray_local, threads, monkeypatch):
+    def refuse():
+        raise OSError("no decoder here")
+
+    monkeypatch.setattr(decoders, "_ready", refuse)
+    monkeypatch.setattr(decoders, "ASK_AGAIN_S", 0.01)
+    while not decoders.free_cpus():
+        time.sleep(0.05)
+    made = Decoders(HOW, 1, "cluster", 1, Shared())
+    until = time.monotonic() + 60
+    while made.shared._in_vain < 3 and time.monotonic() < until:
+        assert made.helpers == 0
+        time.sleep(0.01)
+    assert made.shared._in_vain == 3
+    for _ in range(2):
+        equal(made.start(rows(), (3, 1)).wait()[0], threads.start(rows(), (3, 1)).wait()[0])
+    (told,) = [note for note in made.notes if "could not get ready" in note]
+    assert told.endswith("OSError: no decoder here")
+    made.close()
+
+
 def test_tasks_decode_what_threads_would(ray_local, threads, monkeypatch):
     while decoders.free_cpus() < 2:  # those of another test come back a little later
         time.sleep(0.05)
@@ -101,7 +122,8 @@ def test_tasks_decode_what_threads_would(ray_local, threads, monkeypatch):
     while decoders.free_cpus():
         time.sleep(0.05)
     equal(made.start(rows(), (3, 1)).wait()[0], expected)
-    assert made.given_away == 2
+    assert made.given_away == 2 and made.helpers == 0  # nobody answers, so no batch is given away and waited for
     for task in busy:
         ray.cancel(task, force=True)
+    assert ready(made, 2) == 2
     made.close()

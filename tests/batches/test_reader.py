@@ -4,7 +4,9 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -231,6 +233,29 @@ def test_a_feed_that_stops_does_not_wait_for_a_store_that_is_away(uri, proxy, lo
     epoch.close()
     assert time.monotonic() - began < 30
     proxy.faults = Faults()
+
+
+def test_one_who_stops_does_not_fail_another_who_waits_for_the_same_footer(uri, proxy, local):
+    dataset, stop = opened(uri, proxy), threading.Event()
+    shard = groups_of(dataset)[0][0]
+    path = storage.join(uri, shard.path)
+    proxy.faults = Faults(away=True)
+
+    def ask(event):
+        storage.abandon_when(event)
+        return row_groups.footers(path, shard)
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(ask, stop)
+        while path not in row_groups.footers._coming:
+            time.sleep(0.01)
+        second = pool.submit(ask, None)
+        time.sleep(0.5)
+        stop.set()
+        with pytest.raises(storage.Abandoned, match="for the run stops"):
+            first.result(60)
+        proxy.faults = Faults()
+        assert second.result(60).num_row_groups == len(shard.row_groups)
 
 
 def test_a_cache_that_cannot_be_written_changes_nothing(uri, proxy, local, tmp_path, caplog):
