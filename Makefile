@@ -18,7 +18,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@test -x $(UV) || $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		"$$(sed -n 's/^\(uv==[0-9.]*\).*/\1/p' requirements.lock)"
-	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(UV) pip sync --quiet --require-hashes requirements.lock
+	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(UV) pip sync --quiet --require-hashes --compile-bytecode requirements.lock
 	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(UV) pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $(STAMP)
 
@@ -26,6 +26,7 @@ demo: setup      ## the whole way on small real images: ingest, train on 2 worke
 	$(BIN)/scalecv demo
 
 test: setup      ## every test but those of `make chaos`, two files at a time (under 20 minutes on 2 cores)
+	@$(BIN)/python -m compileall -q scalecv tests  # once, not in each process where PYTHONDONTWRITEBYTECODE is set
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 chaos: setup     ## the long tests of faults: kills, lost nodes, crash points, broken stores
@@ -53,10 +54,10 @@ $(PEERS)/.locked: requirements.lock pyproject.toml | $(STAMP)
 	VIRTUAL_ENV=$(CURDIR)/$(PEERS) $(UV) pip install --quiet --group peers
 	@touch $@
 
-wheel: setup     ## dist/: a wheel with crops of JPEGs compiled, for this kind of machine (Linux; gcc and libjpeg-dev)
+wheel: setup     ## dist/: a wheel with our C for JPEGs compiled, for this kind of machine (Linux; gcc and libjpeg-dev)
 	rm -rf dist/plain && mkdir -p dist/plain
 	SCALECV_WHEEL=native $(BIN)/python -m hatchling build -t wheel -d dist/plain
-	PATH=$(CURDIR)/$(BIN):$$PATH auditwheel repair --lib-sdir /batches --wheel-dir dist dist/plain/*.whl
+	PATH=$(CURDIR)/$(BIN):$$PATH auditwheel repair --lib-sdir /jpeg --wheel-dir dist dist/plain/*.whl
 	rm -r dist/plain
 
 lock:            ## recompile requirements.lock from pyproject.toml (needs uv)

@@ -22,8 +22,9 @@ from scalecv.batches.shared_pixels import SharedPixels
 from scalecv.batches.slots import Fixed
 from scalecv.config import Augment
 from scalecv.errors import IntegrityError
+from scalecv.jpeg import turbo
 from scalecv.schema import Batch
-from scalecv.shards import decode, jpeg
+from scalecv.shards import decode
 
 
 class Row(NamedTuple):
@@ -142,7 +143,7 @@ def _cropped(rows: list[Row], how: Pixels, chances: Mapping[int, np.ndarray | No
     most = 0
     for at, u in chances.items():
         row = rows[at]
-        known = jpeg.header(row.image) if row.mask is None and row.nodata is None else None
+        known = turbo.header(row.image) if row.mask is None and row.nodata is None else None
         if known is None or known.channels != 3 or not known.height_at:
             continue
         box, flips = _box_and_flips(known, how, u)
@@ -169,7 +170,7 @@ def _is_plain(how: Pixels) -> bool:
     return is_rgb and not how.bands and not how.marks_data
 
 
-def _box_and_flips(known: jpeg.Header, how: Pixels, u: np.ndarray | None) -> tuple[transforms.Box, int]:
+def _box_and_flips(known: turbo.Header, how: Pixels, u: np.ndarray | None) -> tuple[transforms.Box, int]:
     """What of a picture is resized, and how it is flipped then: 1 left-right, 2 up-down."""
     height, width = known.height, known.width
     if u is not None and how.augment.resized_crop:

@@ -9,8 +9,9 @@ from scalecv.batches import transforms
 from scalecv.batches.pixels import Pixels
 from scalecv.batches.slots import Fixed
 from scalecv.errors import IntegrityError
+from scalecv.jpeg import turbo
 from scalecv.schema import IGNORE
-from scalecv.shards import decode, jpeg
+from scalecv.shards import decode
 
 LARGEST_KEPT = 16 << 20
 """Bytes of a picture up to which threads keep the memory that they decode into."""
@@ -78,7 +79,7 @@ def decoded(
     image: bytes, share: tuple[float, float] | None, u: np.ndarray | None
 ) -> tuple[np.ndarray, transforms.Box | None]:
     """The pixels [H, W, C] of an image, and the box that a crop will take of them; rows below it may be left out."""
-    known = jpeg.header(image)
+    known = turbo.header(image)
     if known is None:
         return decode.decode_pixels(image), None
     if share is None or u is None:
@@ -87,7 +88,7 @@ def decoded(
         box = transforms.crop_box(known.height, known.width, share, u)
         rows = box[0] + box[2]
     size_bytes = known.height * known.width * known.channels
-    pixels = jpeg.decode(image, known, rows, own_memory(size_bytes) if size_bytes <= LARGEST_KEPT else None)
+    pixels = turbo.decode(image, known, rows, own_memory(size_bytes) if size_bytes <= LARGEST_KEPT else None)
     return decode.decode_pixels(image) if pixels is None else pixels, box
 
 

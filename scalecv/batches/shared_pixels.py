@@ -29,7 +29,7 @@ import torch
 from scalecv.batches.pixels import Pixels
 from scalecv.batches.slots import Fixed, Layout, layout_of
 from scalecv.cache import NodeCache
-from scalecv.shards import jpeg
+from scalecv.jpeg import turbo
 from scalecv.shards.manifest import Manifest
 
 FORMAT = 1
@@ -66,7 +66,7 @@ class SharedPixels:
 
         Of a JPEG the crop alone is decoded, which takes no longer than reading the whole picture and resizing the crop.
         """
-        is_cut = self.whole and row.mask is None and jpeg.header(row.image) is not None
+        is_cut = self.whole and row.mask is None and turbo.header(row.image) is not None
         return row.number is not None and row.number < self.slots and not is_cut
 
     def each(

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from scalecv.errors import ScalecvError
+from scalecv.jpeg.native import SWITCH
 
 START_S = 120.0
 LONGEST_LINE = 64 << 20
@@ -33,7 +34,7 @@ _ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
 }
-_KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH")
+_KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "XDG_CACHE_HOME", "CC", SWITCH)
 _SEAL_FUTURE_WRITE = 0x10  # of Linux 5.1, which the fcntl module does not name
 
 

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scalecv import raster
+from scalecv.jpeg import turbo
 from scalecv.raster import Profile
-from scalecv.shards import jpeg
 
 Reason = Literal[
     "empty",
@@ -103,8 +103,8 @@ def decode_image(data: bytes) -> Image:
 
 def decode_pixels(data: bytes) -> NDArray[Any]:
     """[H, W, C] of bytes that are known good; the pixels that `decode_image` gives, sooner where it is a JPEG."""
-    known = jpeg.header(data)
-    pixels = None if known is None else jpeg.decode(data, known)
+    known = turbo.header(data)
+    pixels = None if known is None else turbo.decode(data, known)
     return decode_image(data).pixels if pixels is None else pixels
 
 
@@ -161,11 +161,11 @@ def _load(data: bytes) -> Any:
         raise _not_opened(data) from None
     except BadImage:
         raise
-    except jpeg.BROKEN as error:
+    except turbo.BROKEN as error:
         raise BadImage("damaged", _said(error)) from None
     try:
         picture.load()
-    except jpeg.BROKEN as error:
+    except turbo.BROKEN as error:
         said = _said(error)
         raise BadImage("truncated" if "truncat" in said else "damaged", said) from None
     except MemoryError:
@@ -180,7 +180,7 @@ def _upright(picture: Any) -> Any:
     try:
         turned = picture.getexif().get(_ORIENTATION, 1) != 1
         return ImageOps.exif_transpose(picture) if turned else picture
-    except jpeg.BROKEN:
+    except turbo.BROKEN:
         return picture
 
 

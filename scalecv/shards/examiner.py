@@ -5,6 +5,7 @@ a time, for a turn of both processes costs as much as a small image. After a dea
 go one by one, so that it is always one sample's own.
 """
 
+import gc
 import json
 import mmap
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,6 +15,7 @@ from typing import Any, TypeVar, cast
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
+from scalecv.shards import jpeg_sums
 from scalecv.shards.child import Child, Died, allow, reply, serving
 from scalecv.shards.decode import REASONS, BadImage, Reason
 from scalecv.shards.examine import Facts, examine
@@ -96,8 +98,10 @@ def serve(shared: int) -> None:
 
     Args: shared: number of the memory in which samples may lie; -1 for none.
     """
+    jpeg_sums.by_c()  # before the first image, whose time is limited
     source, target = serving()
     memory = mmap.mmap(shared, 0, access=mmap.ACCESS_READ) if shared >= 0 else None
+    gc.freeze()  # modules are here to stay, and need not be looked through for what can go
     while line := source.readline():
         head = json.loads(line)
         if memory is not None:

@@ -5,7 +5,9 @@ written last, so a unit that was cut off leaves nothing that counts and may run 
 """
 
 import collections
+import contextlib
 import errno
+import gc
 import hashlib
 import json
 import threading
@@ -68,7 +70,8 @@ def run(item: Mapping[str, Any], target: str) -> dict[str, Any]:
     """
     began = time.monotonic()
     try:
-        record = work(target, str(item["unit"]))
+        with _without_collection():
+            record = work(target, str(item["unit"]))
     except ScalecvError as error:
         return {**_NOTHING, "unit": item["unit"], "error": str(error), "error_type": type(error).__name__}
     reasons = collections.Counter(bad.reason for bad in record.quarantine)
@@ -82,6 +85,18 @@ def run(item: Mapping[str, Any], target: str) -> dict[str, Any]:
         "reasons": json.dumps(reasons),
         "examples": json.dumps({bad.reason: bad.path for bad in reversed(record.quarantine)}),
     }
+
+
+@contextlib.contextmanager
+def _without_collection() -> Iterator[None]:
+    """No search for cycles of objects: rows are none, and it looks through all modules and rows again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 _NOTHING: dict[str, Any] = {

@@ -15,8 +15,8 @@ from scalecv.batches.transforms import crop_box, draws
 from scalecv.config import Augment
 from scalecv.errors import DataError
 from scalecv.shards.decode import decode_image
+from tests.jpeg.test_turbo import picture
 from tests.shards.images import encoded
-from tests.shards.test_jpeg import picture
 
 
 def pixels(size_px=24, **augment):

@@ -9,13 +9,13 @@ import simplejpeg
 import torch
 
 from scalecv import cache
-from scalecv.batches import collate, crops, crops_build, transforms
+from scalecv.batches import collate, crops, transforms
 from scalecv.batches.collate import Row
 from scalecv.errors import IntegrityError
-from scalecv.shards import jpeg
+from scalecv.jpeg import build, native, turbo
 from tests.batches.test_collate import batch, pixels, rows
+from tests.jpeg.test_turbo import picture
 from tests.shards.images import encoded
-from tests.shards.test_jpeg import picture
 
 needs_native = pytest.mark.skipif(crops.load() is None, reason=crops.state())
 
@@ -35,13 +35,13 @@ def compare(made, seed, most=300):
     sampling = ("444", "422", "420", "440", "411")[seed % 5]
     drawn = np.asarray(picture(height, width, seed=seed))
     data = simplejpeg.encode_jpeg(drawn, quality=30 + seed % 70, colorsubsampling=sampling)
-    known = jpeg.header(data)
+    known = turbo.header(data)
     h, w = int(rng.integers(1, height + 1)), int(rng.integers(collate._NARROWEST, width + 1))
     box = (int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1)), h, w)
     side, flips = int(rng.choice([1, 8, 37, 64, 224])), int(rng.integers(0, 4))
     out = torch.full((side, side, 3), 99, dtype=torch.uint8).permute(2, 0, 1)
     done = made([(data, box, flips, out.data_ptr())], side, np.empty(made.room(known, box, side), np.uint8))
-    whole = torch.from_numpy(jpeg.decode(data, known)).permute(2, 0, 1)
+    whole = torch.from_numpy(turbo.decode(data, known)).permute(2, 0, 1)
     expected = transforms.scaled(whole[:, box[0] : box[0] + h, box[1] : box[1] + w], side, side)
     expected = expected.flip(-1) if flips & 1 else expected
     expected = expected.flip(-2) if flips & 2 else expected
@@ -58,9 +58,9 @@ def test_every_pixel_is_that_of_the_whole_picture_decoded_and_resized():
 @needs_native
 def test_the_same_without_vector_instructions(tmp_path):
     made = tmp_path / "plain.so"
-    crops_build.compile_crops(made, "-O1", "-DPLAIN")
+    build.compile_native(made, "-O1", "-DPLAIN")
     for seed in range(40):
-        compare(crops.Crops(made), seed, most=120)
+        compare(crops.Crops(native.opened(made)), seed, most=120)
 
 
 @needs_native
@@ -78,11 +78,11 @@ def test_a_batch_is_the_same_without_native_code(anew, augment, resize):
     how = dataclasses.replace(pixels(**augment), resize=resize)
     some = rows(kinds=("JPEG", "PNG", "JPEG"))
     some[3] = some[3]._replace(image=encoded(picture(40, 40).convert("L"), "JPEG"))  # grey
-    native = batch(how, some)[0]["image"]
-    anew.setenv(crops.SWITCH, "0")
+    by_c = batch(how, some)[0]["image"]
+    anew.setenv(native.SWITCH, "0")
     crops.load.cache_clear()
-    assert crops.load() is None and crops.SWITCH in crops.state()
-    assert torch.equal(native, batch(how, some)[0]["image"])
+    assert crops.load() is None and native.SWITCH in crops.state()
+    assert torch.equal(by_c, batch(how, some)[0]["image"])
 
 
 @needs_native
@@ -97,7 +97,7 @@ def test_damaged_bytes_are_told_and_never_more():
         data = bytearray(some[seed % 12].image)
         for at in rng.integers(2, len(data), 4):
             data[at] = int(rng.integers(0, 256))
-        known = jpeg.header(bytes(data))
+        known = turbo.header(bytes(data))
         if known is None or known.channels != 3 or known.height * known.width > 1 << 20:
             continue
         box = (0, 0, known.height, known.width)
@@ -134,7 +134,7 @@ def test_it_is_compiled_once_into_a_folder_of_the_user(anew, tmp_path):
     anew.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert crops.load() is not None
     (made,) = (cache.user_folder() / "native").iterdir()
-    assert made.name.startswith("crops-") and made.parent.stat().st_mode & 0o077 == 0
+    assert made.name.startswith("jpeg-") and made.parent.stat().st_mode & 0o077 == 0
     crops.load.cache_clear()
     anew.setenv("CC", "no-such-compiler")
     assert crops.load() is not None

@@ -21,7 +21,7 @@ from scalecv.config import Augment, Data, Sampling
 from scalecv.shards.ingest import IngestOptions, ingest
 from scalecv.shards.store import open_dataset
 from scalecv.train.run import train
-from tests.shards.test_jpeg import picture
+from tests.jpeg.test_turbo import picture
 from tests.small import fields_dataset, shapes, shapes_dataset
 
 __all__ = ["NodeCache", "feed", "fields_dataset", "shapes", "shapes_dataset", "walk"]

@@ -71,18 +71,18 @@ def _scene(seed: int) -> PIL.Image.Image:
 
 def loop(folder: Path, decoder: str) -> int:
     """Read, decode in full, hash; the number of images."""
-    from scalecv.shards import jpeg
+    from scalecv.jpeg import turbo
 
     count = 0
     for where, _, names in os.walk(folder):
         for name in names:
             with open(os.path.join(where, name), "rb") as file:
                 data = file.read()
-            known = jpeg.header(data) if decoder == "libjpeg-turbo" else None
+            known = turbo.header(data) if decoder == "libjpeg-turbo" else None
             if known is None:
                 PIL.Image.open(io.BytesIO(data)).load()
             else:
-                assert jpeg.decode(data, known) is not None
+                assert turbo.decode(data, known) is not None
             hashlib.sha256(data).hexdigest()
             count += 1
     return count

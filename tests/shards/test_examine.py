@@ -7,8 +7,9 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from scalecv.shards.band_sums import band_sums
 from scalecv.shards.decode import BadImage
-from scalecv.shards.examine import NOTES, SAMPLED_PIXELS, band_sums, examine
+from scalecv.shards.examine import NOTES, examine
 from scalecv.shards.examiner import Examiner
 from scalecv.shards.record import BandSums
 from tests.shards.images import encoded, png
@@ -75,7 +76,7 @@ def test_statistics_of_a_jpeg_are_those_of_all_of_it(size_px):
     pixels = pixels[: size_px[1], : size_px[0]].copy()
     pixels[: size_px[1] // 100] = 255  # a border
     facts = examine("a.jpg", encoded(PIL.Image.fromarray(pixels), "JPEG", quality=95))
-    assert facts["pixels"] <= 4 * SAMPLED_PIXELS
+    assert facts["pixels"] <= 0.35 * pixels.size or size_px == (9000, 1)
     assert facts["mean"][0] == pytest.approx(pixels.mean(), abs=3)
     assert (facts["m2"][0] / facts["pixels"]) ** 0.5 == pytest.approx(pixels.std(), abs=3)
     assert facts["min"][0] < 10 and facts["max"][0] > 190 and "constant" not in facts["notes"]

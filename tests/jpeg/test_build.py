@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from scalecv.batches import crops, crops_build
+from scalecv.batches import crops
 from scalecv.doctor import checks
+from scalecv.jpeg import build, native
 
 ROOT = Path(__file__).parents[2]
 needs_native = pytest.mark.skipif(crops.load() is None, reason=crops.state())
 needs_builder = pytest.mark.skipif(
-    crops_build.missing() != ""
+    build.missing() != ""
     or platform.libc_ver()[0] != "glibc"
     or not any(Path(file).exists() for file in runpy.run_path(str(ROOT / "hatch_build.py"))["LICENCES"]),
     reason="a wheel is built with glibc, a compiler, and libjpeg-turbo with its headers and its licence",
@@ -37,7 +38,7 @@ SAYS = """
 import sys
 from scalecv.batches import crops
 print(crops.load() is not None, crops.__file__)
-print(*{line.split()[-1] for line in open("/proc/self/maps") if "/batches/" in line and ".so" in line})
+print(*{line.split()[-1] for line in open("/proc/self/maps") if "/jpeg/" in line and ".so" in line})
 """
 
 
@@ -49,7 +50,7 @@ def wheel(folder, kind, root=ROOT):
     subprocess.run(build, cwd=root, env=environment, check=True, capture_output=True)
     (made,) = plain.iterdir()
     if kind == "native":
-        repair = ["auditwheel", "repair", "--lib-sdir", "/batches", "--wheel-dir", str(folder), str(made)]
+        repair = ["auditwheel", "repair", "--lib-sdir", "/jpeg", "--wheel-dir", str(folder), str(made)]
         subprocess.run(repair, env=environment, check=True, capture_output=True)
         (made,) = folder.glob("*.whl")
     return made
@@ -69,7 +70,7 @@ def test_a_wheel_needs_no_compiler_and_no_library_of_the_system(tmp_path):
     )
     first, libraries = done.stdout.splitlines()
     assert first == f"True {tmp_path}/there/scalecv/batches/crops.py"
-    assert {Path(name).name.partition("-")[0] for name in libraries.split()} == {"libcrops.so", "libjpeg"}
+    assert {Path(name).name.partition("-")[0] for name in libraries.split()} == {"libnative.so", "libjpeg"}
 
 
 def test_what_a_machine_lacks_is_told(monkeypatch, tmp_path):
@@ -78,35 +79,27 @@ def test_what_a_machine_lacks_is_told(monkeypatch, tmp_path):
     (tmp_path / "no-headers").chmod(0o755)
     for compiler, lacks in (("no-such-compiler", "a C compiler"), (tmp_path / "no-headers", "libjpeg-turbo's headers")):
         monkeypatch.setenv("CC", str(compiler))
-        assert crops_build.missing() == lacks
+        assert build.missing() == lacks
         crops.load.cache_clear()
         told = f"crops without native code, for want of {lacks} (Debian: gcc libjpeg-dev): twice the time"
         found = next(check for check in checks() if check.name == "jpeg")
         assert (found.ok, found.found) == (None, told)
 
 
-def test_the_image_of_a_node_copies_all_that_a_build_needs(tmp_path):
+def test_without_being_asked_a_wheel_is_pure_python_and_the_image_of_a_node_has_all_that_it_needs(tmp_path):
     copied = re.findall(r"^COPY (.+) \./", (ROOT / "cluster/Dockerfile").read_text(), re.MULTILINE)
     for name in " ".join(copied).split():
         shutil.copytree(ROOT / name, tmp_path / name) if (ROOT / name).is_dir() else shutil.copy(ROOT / name, tmp_path)
-    assert wheel(tmp_path / "dist", "", tmp_path).name.endswith("-py3-none-any.whl")
-
-
-def test_without_being_asked_a_wheel_is_pure_python(tmp_path):
-    made = wheel(tmp_path, "")
+    made = wheel(tmp_path / "dist", "", tmp_path)
     assert made.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(made) as files:
-        assert [name for name in files.namelist() if "crops" in name] == [
-            "scalecv/batches/crops.c",
-            "scalecv/batches/crops.py",
-            "scalecv/batches/crops_build.py",
-        ]
+        assert {Path(name).suffix for name in files.namelist() if name.startswith("scalecv/jpeg/")} == {".c", ".py"}
 
 
 @needs_native
 def test_a_library_of_another_machine_is_passed_over(tmp_path, monkeypatch):
-    shutil.copy(crops_build.SOURCE, tmp_path / "libcrops.so")
-    monkeypatch.setattr(crops, "SHIPPED", tmp_path / "libcrops.so")
+    shutil.copy(build.SOURCES[0], tmp_path / "libnative.so")
+    monkeypatch.setattr(native, "SHIPPED", tmp_path / "libnative.so")
     assert crops.load() is not None
     monkeypatch.setenv("CC", "no-such-compiler")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -116,33 +109,34 @@ def test_a_library_of_another_machine_is_passed_over(tmp_path, monkeypatch):
 
 def changed(monkeypatch, folder, library, mark, old="", new=""):
     """A library of a changed crops.c, marked as it is told."""
+    crops_c, *others = build.SOURCES
     source = folder / "changed.c"
-    source.write_text(crops_build.SOURCE.read_text().replace(old, new))
+    source.write_text(crops_c.read_text().replace(old, new))
     with monkeypatch.context() as patched:
-        patched.setattr(crops_build, "SOURCE", source)
-        patched.setattr(crops_build, "source_mark", lambda: mark)
-        crops_build.compile_crops(library, "-DPLAIN")
+        patched.setattr(build, "SOURCES", (source, *others))
+        patched.setattr(build, "source_mark", lambda: mark)
+        build.compile_native(library, "-DPLAIN")
 
 
 @needs_builder
 def test_a_library_of_another_source_is_passed_over(tmp_path, monkeypatch):
-    for number, mark in enumerate((crops_build.source_mark(), "another", "")):
+    for number, mark in enumerate((build.source_mark(), "another", "")):
         library = tmp_path / f"{number}.so"
         changed(monkeypatch, tmp_path, library, mark)
         if number == 0:
-            crops.Crops(library)
+            native.opened(library)
             continue
-        with pytest.raises(OSError, match=r"was not made of this crops\.c"):
-            crops.Crops(library)
+        with pytest.raises(OSError, match=r"was not made of these crops\.c and sums\.c"):
+            native.opened(library)
     subprocess.run(["cc", "-shared", "-x", "c", "/dev/null", "-o", str(tmp_path / "empty.so")], check=True)
-    with pytest.raises(OSError, match=r"was not made of this crops\.c"):
-        crops.Crops(tmp_path / "empty.so")
+    with pytest.raises(OSError, match=r"was not made of these crops\.c and sums\.c"):
+        native.opened(tmp_path / "empty.so")
 
 
 @needs_builder
 def test_one_in_the_cache_that_does_not_load_is_compiled_again(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    place = crops._place()
+    place = native.kept_at()
     place.parent.mkdir(parents=True, mode=0o700)
     place.write_bytes(b"not a library")
     place.chmod(0o700)
@@ -152,13 +146,13 @@ def test_one_in_the_cache_that_does_not_load_is_compiled_again(tmp_path, monkeyp
 @needs_builder
 def test_a_library_that_gives_other_pixels_is_not_used(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    library = tmp_path / "libcrops.so"
-    changed(monkeypatch, tmp_path, library, crops_build.source_mark(), "sum >>= bits;", "sum = (sum >> bits) ^ 1;")
-    monkeypatch.setattr(crops, "SHIPPED", library)
+    library = tmp_path / "libnative.so"
+    changed(monkeypatch, tmp_path, library, build.source_mark(), "sum >>= bits;", "sum = (sum >> bits) ^ 1;")
+    monkeypatch.setattr(native, "SHIPPED", library)
     assert crops.load() is not None, "then it is compiled"
-    assert f"{library} gives other pixels" in caplog.text
+    assert f"{library} gives other numbers" in caplog.text
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
-    crops._place().parent.mkdir(parents=True, mode=0o700)
-    library.replace(crops._place())
+    native.kept_at().parent.mkdir(parents=True, mode=0o700)
+    library.replace(native.kept_at())
     crops.load.cache_clear()
     assert crops.load() is None and "gives other pixels" in crops.state()

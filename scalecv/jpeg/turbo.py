@@ -38,7 +38,7 @@ def header(data: bytes) -> Header | None:
     """The header of an ordinary JPEG; None for all else, which Pillow must look at."""
     if data[:3] != b"\xff\xd8\xff":
         return None
-    at, end, found = 2, len(data) - 4, None
+    at, end, found = 2, len(data) - 9, None  # bytes of a frame after its marker
     while at < end and data[at] == 0xFF:
         marker = data[at + 1]
         if marker in _BARE or marker == 0xFF:

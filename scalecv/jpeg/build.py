@@ -1,4 +1,4 @@
-"""How crops.c is compiled: at its first use on a machine, and once into a wheel that needs no compiler any more.
+"""How crops.c and sums.c are compiled: at their first use on a machine, and once into a wheel that needs no compiler.
 
 Nothing but the standard library, for `hatch_build.py` runs before anything is installed.
 """
@@ -11,19 +11,17 @@ import sys
 import tempfile
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("crops.c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("crops.c", "sums.c"))
 BUILD = Path(__file__)
-SHIPPED = Path(__file__).with_name("libcrops.so")
+SHIPPED = Path(__file__).with_name("libnative.so")
 """Where a wheel has the compiled library."""
-COMPILE_S = 120.0
-
-
+COMPILE_S = 60.0
 LOOK_S = 10.0
 
 
 def source_mark() -> str:
-    """What a library has to be marked with: that of another crops.c may take its arguments in another way."""
-    return hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:32]
+    """What a library has to be marked with: that of other sources may take its arguments in another way."""
+    return hashlib.sha256(b"".join(source.read_bytes() for source in SOURCES)).hexdigest()[:32]
 
 
 def missing() -> str:
@@ -39,7 +37,7 @@ def missing() -> str:
     return "libjpeg-turbo's headers" if done.returncode else ""
 
 
-def compile_crops(target: Path, *more: str) -> None:
+def compile_native(target: Path, *more: str) -> None:
     """The library, whole or not at all; it runs on every processor of this kind of machine.
 
     Args:
@@ -56,7 +54,7 @@ def compile_crops(target: Path, *more: str) -> None:
     options.append(f'-DSOURCE="{source_mark()}"')
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder, target.name)
-        command = [compiler, *options, str(SOURCE), "-o", str(made), "-ljpeg", "-lm"]
+        command = [compiler, *options, *map(str, SOURCES), "-o", str(made), "-ljpeg", "-lm"]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=COMPILE_S, check=False)
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "error" in line] or ["the compiler failed"]
