@@ -18,7 +18,7 @@ from typing import Any, cast
 import numpy as np
 import pyarrow.parquet  # noqa: F401 - with the feed, not while its first batch is waited for
 
-from scalecv import storage
+from scalecv import malloc, storage
 from scalecv.errors import IntegrityError
 from scalecv.shards import row_groups
 from scalecv.shards.manifest import Shard
@@ -93,6 +93,8 @@ def threads_reader(
     is_local = storage.is_local(dataset.uri)
     threads = min(IN_FLIGHT_LOCAL, 2 * (os.cpu_count() or 1)) if is_local else IN_FLIGHT
     queue: deque[_Wanted] = deque()
+    if not is_local:
+        malloc.few_heaps()
     with ThreadPoolExecutor(threads, "read", initializer=storage.abandon_when, initargs=(stop,)) as pool:
         ahead = _Ahead(dataset, groups, wanted, queue, pool)
         try:

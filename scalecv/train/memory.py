@@ -2,7 +2,6 @@
 
 import ctypes
 import gc
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -25,27 +24,6 @@ def free_bytes(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")
                 below = top / path.lstrip("/")
                 found += [_of_group(one) for one in (below, *below.parents) if one == top or top in one.parents]
     return min(found)
-
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Options of glibc's mallopt."""
-MOST_KEPT = 2**31 - 1
-"""Largest value that mallopt takes."""
-
-
-def keep_freed() -> bool:
-    """Let this process keep memory that it has freed, for the next step; whether the system does so.
-
-    glibc gives each block above 32 MB back to the kernel at once, which then hands out pages of zeros again: a step on
-    large images spent a third of its time in that. Threads other than the main one keep blocks up to 64 MB only.
-    What the user has set in the environment stays.
-    """
-    if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
-        return False
-    with suppress(OSError, AttributeError):
-        change = ctypes.CDLL(None).mallopt
-        return bool(change(M_MMAP_THRESHOLD, MOST_KEPT) and change(M_TRIM_THRESHOLD, MOST_KEPT))
-    return False
 
 
 def give_back() -> None:

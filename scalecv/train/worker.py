@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from scalecv import storage
+from scalecv import malloc, storage
 from scalecv.artifacts import bundle
 from scalecv.artifacts.provenance import worker_facts
 from scalecv.batches.feed import Feed, threads_per_rank
@@ -29,7 +29,6 @@ from scalecv.train.finish import finish
 from scalecv.train.gallery import Gallery
 from scalecv.train.job import Job, Place
 from scalecv.train.loop import Event, Setup, State
-from scalecv.train.memory import keep_freed
 from scalecv.train.network import check_takes
 from scalecv.train.optim import build_optimizer
 from scalecv.train.requests import Requests, Stopped
@@ -79,7 +78,7 @@ def _work(
     fixed = 1 if experiment.train.exact else None
     torch.set_num_threads(threads_per_rank(experiment.train.threads or fixed, place.ranks_on_node))
     if place.device == "cpu":
-        keep_freed()
+        malloc.keep_freed()
     if experiment.train.exact:
         exact.use_fixed_kernels(place.device)
     dataset = open_dataset(experiment.data.uri, job.dataset_version, experiment.cache)

@@ -2,10 +2,6 @@
 
 import json
 import math
-import os
-import platform
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -203,30 +199,3 @@ def test_a_cpu_takes_what_its_memory_holds():
     assert left == [1] or "nothing is known" in said
     left, _ = _within([16, 8, 4, 2, 1], lambda size: size < 4, 1e15)
     assert left[0] in (16, 2)
-
-
-def test_freed_memory_is_kept_unless_the_user_says_otherwise(monkeypatch):
-    """In a process of its own: a block above glibc's 32 MB is taken again without new pages."""
-    program = (
-        "import ctypes, resource\n"
-        "from scalecv.train.memory import keep_freed\n"
-        "c, said = ctypes.CDLL(None), keep_freed()\n"
-        "c.malloc.restype, c.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]\n"
-        "c.free.argtypes, c.memset.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]\n"
-        "def faults():\n"
-        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "    block = c.malloc(1 << 26)\n"
-        "    c.memset(block, 1, 1 << 26)\n"
-        "    c.free(block)\n"
-        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
-        "print(said, faults() > 1000, faults() < 1000)\n"
-    )
-    for name in [name for name in os.environ if name.startswith("MALLOC_")]:
-        monkeypatch.delenv(name)
-    if not sys.platform.startswith("linux") or platform.libc_ver()[0] != "glibc":
-        pytest.skip("blocks are kept by glibc's allocator; this libc has another")
-    for variables, kept in (({}, "True True True"), ({"MALLOC_TOP_PAD_": "0"}, "False True False")):
-        done = subprocess.run(
-            [sys.executable, "-c", program], env=os.environ | variables, capture_output=True, text=True
-        )
-        assert done.stdout.strip() == kept, done.stderr
