@@ -26,7 +26,7 @@ demo: setup      ## the whole way on small real images: ingest, train on 2 worke
 	$(BIN)/scalecv demo
 
 test: setup      ## every test but those of `make chaos`, two files at a time (under 20 minutes on 2 cores)
-	@$(BIN)/python -m compileall -q scalecv tests  # once, not in each process where PYTHONDONTWRITEBYTECODE is set
+	@-$(BIN)/python -m compileall -q scalecv tests  # once, not in each process where PYTHONDONTWRITEBYTECODE is set
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 chaos: setup     ## the long tests of faults: kills, lost nodes, crash points, broken stores

@@ -8,6 +8,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 """Options of glibc's mallopt."""
 MOST_KEPT = 2**31 - 1
 """Largest value that mallopt takes."""
+MOST_HEAPS = 8
+"""A container of two cores may see all of its machine."""
 
 
 def keep_freed() -> bool:
@@ -20,11 +22,11 @@ def keep_freed() -> bool:
 
 
 def few_heaps() -> bool:
-    """Let threads share one heap for each core, not eight; whether the system does so.
+    """Let threads share one heap for each core, and 8 at most, instead of 8 for each; whether the system does so.
 
     A thread that waits for a bucket most of the time leaves what it freed in a heap of its own: 32 of them held 90 MB.
     """
-    return _set(M_ARENA_MAX, max(2, os.cpu_count() or 1))
+    return _set(M_ARENA_MAX, min(MOST_HEAPS, max(2, os.cpu_count() or 1)))
 
 
 def _set(option: int, value: int) -> bool:

@@ -60,4 +60,6 @@ def compile_native(target: Path, *more: str) -> None:
             lines = [line for line in done.stderr.splitlines() if "error" in line] or ["the compiler failed"]
             raise subprocess.SubprocessError(lines[0][:200])
         made.chmod(0o700)
+        with made.open("rb") as file:
+            os.fsync(file.fileno())  # what a power cut leaves of a library ends whoever loads it
         made.replace(target)

@@ -3,7 +3,7 @@
    (bilinear, antialias), bit for bit: libjpeg-turbo's colours are interpolated from one pixel further on each side, and
    weights and roundings are those of the kernel.
 
-   cc -O3 -ffp-contract=off -shared -fPIC crops.c -o crops.so -ljpeg -lm
+   cc -O3 -ffp-contract=off -shared -fPIC crops.c sums.c -o native.so -ljpeg -lm
 
    What it is compiled on does not matter: a processor with AVX2 is quick, any other one right. */
 #include <math.h>
@@ -22,7 +22,7 @@
 #ifndef SOURCE
 #define SOURCE ""
 #endif
-const char source[] = SOURCE; /* which crops.c this was, for those who load it */
+const char source[] = SOURCE; /* which crops.c and sums.c these were, for those who load them */
 
 enum { PAD = 64 }; /* bytes behind each buffer that a vector may read */
 

@@ -7,6 +7,9 @@
 #include <string.h>
 #include <jpeglib.h>
 
+#ifndef LIBJPEG_TURBO_VERSION_NUMBER
+#define LIBJPEG_TURBO_VERSION_NUMBER 0
+#endif
 #if defined(__x86_64__) && !defined(PLAIN)
 #define QUICK __attribute__((target("avx2")))
 #endif
@@ -48,6 +51,7 @@ static int is_quick(void) { return 0; }
    Returns 0, or 1 where libjpeg-turbo has something to say, or the picture is another than was said. */
 int sum_rows(const uint8_t *data, size_t size, int width, int height, int bands, int first, int step, uint8_t *memory,
              size_t memory_bytes, uint64_t *out) {
+    if (LIBJPEG_TURBO_VERSION_NUMBER < 2000006) return 1; /* skips wrongly where rows are enlarged and coloured at once */
     if (bands != 1 && bands != MOST_BANDS) return 1;
     const size_t values = (size_t)width * bands, wide = (values + ROW_PAD) / ROW_PAD * ROW_PAD;
     if (first < 0 || step < 1 || (2 * sizeof(uint32_t) + 2 + AT_ONCE) * wide > memory_bytes) return 1;

@@ -1,8 +1,9 @@
 """JPEG without detours: libjpeg-turbo by simplejpeg, with the pixels that Pillow gives, bit for bit.
 
 For bytes that `scalecv.shards.decode` has accepted once. What is out of the ordinary (CMYK, a turned picture, 12 bits,
-bytes that libjpeg warns about) is left to Pillow. A crop needs no row below it: for the common sequential JPEG the
-height in the header of a copy is set to the rows that are needed, and libjpeg-turbo stops there.
+odd sampling of colours, a torn colour profile, bytes that libjpeg warns about) is left to Pillow. A crop needs no row
+below it: for the common sequential JPEG the height in the header of a copy is set to the rows that are needed, and
+libjpeg-turbo stops there.
 """
 
 import struct
@@ -19,6 +20,9 @@ _ROWS_BELOW = 2
 _SEQUENTIAL = (0xC0, 0xC1)
 _PROGRESSIVE = 0xC2
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_SAMPLINGS = (0x11, 0x21, 0x12, 0x22, 0x41, 0x14)
+"""Pixels across and down that share a colour, four bits each; libjpeg-turbo's short way to pixels knows no others."""
+_ICC = b"ICC_PROFILE\0"
 _BARE = frozenset(range(0xD0, 0xD9)) | {0x01}
 """Markers without a length."""
 
@@ -39,6 +43,7 @@ def header(data: bytes) -> Header | None:
     if data[:3] != b"\xff\xd8\xff":
         return None
     at, end, found = 2, len(data) - 9, None  # bytes of a frame after its marker
+    profile: list[bytes] = []
     while at < end and data[at] == 0xFF:
         marker = data[at + 1]
         if marker in _BARE or marker == 0xFF:
@@ -51,7 +56,11 @@ def header(data: bytes) -> Header | None:
                 return None
         elif marker == 0xE1 and _is_turned(data[at + 4 : at + 2 + length]):
             return None
+        elif marker == 0xE2 and data.startswith(_ICC, at + 4):
+            profile.append(data[at + 16 : at + 2 + length])
         elif marker == 0xDA:
+            if profile and not _is_whole(profile):
+                return None
             if found is not None and data[at + 4] != found.channels:  # a scan for each channel
                 return Header(found.height, found.width, found.channels, 0)
             return found
@@ -63,7 +72,17 @@ def _frame(data: bytes, at: int, marker: int) -> Header | None:
     if marker not in (*_SEQUENTIAL, _PROGRESSIVE) or data[at + 4] != 8 or data[at + 9] not in (1, 3):
         return None
     height, width = data[at + 5] << 8 | data[at + 6], data[at + 7] << 8 | data[at + 8]
-    return Header(height, width, data[at + 9], at + 5 if marker in _SEQUENTIAL else 0) if height else None
+    if data[at + 9] == 3:
+        sampling = data[at + 11 : at + 18 : 3]
+        if sampling[1:] != b"\x11\x11" or sampling[0] not in _SAMPLINGS:
+            return None
+    return Header(height, width, data[at + 9], at + 5 if marker in _SEQUENTIAL else 0) if height and width else None
+
+
+def _is_whole(profile: list[bytes]) -> bool:
+    """Whether the parts of a colour profile, each with its number and how many there are, are all there."""
+    wanted = [bytes([number, len(profile)]) for number in range(1, len(profile) + 1)]
+    return sorted(part[:2] for part in profile) == wanted and any(len(part) > 2 for part in profile)
 
 
 def _is_turned(segment: bytes) -> bool:

@@ -8,6 +8,7 @@ waited for without a limit.
 import contextlib
 import fcntl
 import json
+import logging
 import mmap
 import os
 import resource
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from scalecv.errors import ScalecvError
-from scalecv.jpeg.native import SWITCH
+from scalecv.jpeg import native
 
 START_S = 120.0
 LONGEST_LINE = 64 << 20
@@ -34,7 +35,8 @@ _ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
 }
-_KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "XDG_CACHE_HOME", "CC", SWITCH)
+_KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "XDG_CACHE_HOME", "CC", native.SWITCH)
+_log = logging.getLogger("scalecv.ingest")
 _SEAL_FUTURE_WRITE = 0x10  # of Linux 5.1, which the fcntl module does not name
 
 
@@ -200,32 +202,50 @@ class Child:
             if self._shared_bytes and self._shared is None:
                 with contextlib.suppress(OSError, AttributeError):  # a pipe will do
                     self._shared = SharedMemory(self._shared_bytes)
-            takes = "" if not self._shared_bytes else str(self._shared.handle if self._shared else -1)
-            module, _, function = self._serves.partition(":")
-            self.process = subprocess.Popen(
-                # -P: no module of the folder that it is started in, which may hold what strangers sent.
-                [sys.executable, "-P", "-c", f"from {module} import {function}; {function}({takes})"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                bufsize=0,
-                pass_fds=(self._shared.handle,) if self._shared else (),
-                # The child decodes what strangers wrote: it gets no credentials.
-                env={k: v for k, v in os.environ.items() if k in _KEPT} | {"PYTHONPATH": _paths(), **_ENVIRONMENT},
-            )
-            stdin = cast("IO[bytes]", self.process.stdin).fileno()
-            os.set_blocking(stdin, False)
-            with contextlib.suppress(OSError, AttributeError):  # fewer waits for each other, where the system grants it
-                fcntl.fcntl(stdin, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-            try:
-                self.answer(START_S)
-            except (Died, TimeoutError) as error:
-                self.stop()
-                said = str(error) or f"no answer after {START_S:g} s"
+            said = self._start({})
+            if said and not native.is_off():
+                again = self._start({native.SWITCH: "0"})
+                if not again:
+                    _log.warning(
+                        "the process that decodes images does not start with native code (%s) and goes without: if "
+                        "%s is there, remove it",
+                        said,
+                        native.kept_at(),
+                    )
+                said = again
+            if said:
+                module = self._serves.partition(":")[0]
                 raise ScalecvError(
                     f"the process that decodes images did not start ({said}): what it said stands above; "
                     f"`{sys.executable} -P -c 'import {module}'` shows it again"
-                ) from None
-        return self.process
+                )
+        return cast("subprocess.Popen[bytes]", self.process)
+
+    def _start(self, more: dict[str, str]) -> str:
+        """Start the process, with more in its environment; why it did not start, or nothing."""
+        takes = "" if not self._shared_bytes else str(self._shared.handle if self._shared else -1)
+        module, _, function = self._serves.partition(":")
+        kept = {k: v for k, v in os.environ.items() if k in _KEPT}
+        self.process = subprocess.Popen(
+            # -P: no module of the folder that it is started in, which may hold what strangers sent.
+            [sys.executable, "-P", "-c", f"from {module} import {function}; {function}({takes})"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            pass_fds=(self._shared.handle,) if self._shared else (),
+            # The child decodes what strangers wrote: it gets no credentials.
+            env=kept | {"PYTHONPATH": _paths(), **_ENVIRONMENT} | more,
+        )
+        stdin = cast("IO[bytes]", self.process.stdin).fileno()
+        os.set_blocking(stdin, False)
+        with contextlib.suppress(OSError, AttributeError):  # fewer waits for each other, where the system grants it
+            fcntl.fcntl(stdin, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        try:
+            self.answer(START_S)
+        except (Died, TimeoutError) as error:
+            self.stop()
+            return str(error) or f"no answer after {START_S:g} s"
+        return ""
 
 
 def _paths() -> str:

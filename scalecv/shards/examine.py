@@ -77,7 +77,7 @@ class Facts(TypedDict):
     format: str
     nodata: float | None
     pixels: int
-    """Pixels that count: finite in every band and not nodata in all; of a large JPEG those of some rows and columns."""
+    """Pixels that count: finite in every band and not nodata in all; of a large JPEG those of some rows."""
     mean: list[float]
     m2: list[float]
     """Sum of squared distances from the mean, per band."""
@@ -165,7 +165,7 @@ def _seen_in_jpeg(data: bytes) -> _Seen | None:
         return None
     is_constant = False
     if sums["min"] == sums["max"]:  # do the rows that were not counted look like those that were?
-        pixels = turbo.decode(data, known)
+        pixels = turbo.decode(data, known, is_exact=False)
         is_constant = pixels is not None and _is_constant(pixels)
     return _Seen((known.height, known.width, known.channels), "uint8", "JPEG", sums, is_constant)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from scalecv import cache as caches
-from scalecv import storage
+from scalecv import malloc, storage
 from scalecv.batches import reader
 from scalecv.batches.feed import Feed
 from scalecv.batches.pixels import pixels_of
@@ -86,10 +86,13 @@ def test_latency_is_hidden_by_requests_in_flight(uri, proxy, local, monkeypatch)
     dataset, groups = opened(uri, proxy), groups_of(local[0])
     monkeypatch.setattr(reader, "JOINED_BYTES", 0)
     proxy.faults = Faults(latency_s=0.1)
+    asked = []
+    monkeypatch.setattr(malloc, "few_heaps", lambda: asked.append(dataset))
     began = time.perf_counter()
     assert len(read(dataset, range(len(groups)))) == len(groups) > 8
     assert time.perf_counter() - began < 0.5 * 0.1 * len(groups)
     assert dataset.reads.get_s > 0.1 * len(groups)
+    assert read(local[0], [0]) and asked == [dataset], "threads that wait share heaps; those of a disk are few"
 
 
 def test_the_order_is_walked_no_further_than_is_read_ahead(local, monkeypatch):

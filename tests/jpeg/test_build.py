@@ -1,4 +1,4 @@
-"""A wheel brings the compiled crops with it, and what they are linked to; one that does not load is passed over."""
+"""A wheel brings our compiled C with it, and what they are linked to; one that does not load is passed over."""
 
 import os
 import platform
@@ -89,7 +89,10 @@ def test_what_a_machine_lacks_is_told(monkeypatch, tmp_path):
 def test_without_being_asked_a_wheel_is_pure_python_and_the_image_of_a_node_has_all_that_it_needs(tmp_path):
     copied = re.findall(r"^COPY (.+) \./", (ROOT / "cluster/Dockerfile").read_text(), re.MULTILINE)
     for name in " ".join(copied).split():
-        shutil.copytree(ROOT / name, tmp_path / name) if (ROOT / name).is_dir() else shutil.copy(ROOT / name, tmp_path)
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns(build.SHIPPED.name))
+        else:
+            shutil.copy(ROOT / name, tmp_path)
     made = wheel(tmp_path / "dist", "", tmp_path)
     assert made.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(made) as files:

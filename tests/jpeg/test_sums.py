@@ -1,19 +1,23 @@
 """A JPEG's sums by C are those by simplejpeg, and both say the same of damaged bytes."""
 
+import os
+import sys
+
 import numpy as np
 import PIL.Image
 import pytest
 import simplejpeg
 
-from scalecv.batches import crops
 from scalecv.jpeg import build, native, turbo
 from scalecv.shards import jpeg_sums
+from scalecv.shards.decode import BadImage
 from scalecv.shards.examine import examine
 from scalecv.shards.examiner import Examiner
 from tests.jpeg.test_turbo import picture
 from tests.shards.images import encoded
 
-needs_native = pytest.mark.skipif(jpeg_sums.by_c() is None, reason=crops.state())
+needs_native = pytest.mark.skipif(jpeg_sums.by_c() is None, reason="there is no native library here, or it was refused")
+needs_compiler = pytest.mark.skipif(build.missing() != "", reason="no compiler, or no headers of libjpeg-turbo")
 KINDS = (
     {"quality": 88},
     {"quality": 60, "subsampling": 0},
@@ -47,7 +51,7 @@ def test_the_sums_are_those_of_simplejpeg():
             assert compare(jpeg_sums.by_c(), encoded(picture(300, 400, mode), "JPEG", **more))
 
 
-@needs_native
+@needs_compiler
 def test_the_same_without_vector_instructions(tmp_path):
     build.compile_native(tmp_path / "plain.so", "-O1", "-DPLAIN")
     made = jpeg_sums.Sums(native.opened(tmp_path / "plain.so"))
@@ -111,6 +115,12 @@ def test_an_image_of_one_colour_but_for_rows_that_were_not_counted():
     assert examine("a.jpg", plain)["notes"] == {"constant": "every pixel is 90, 90, 90"}
 
 
+def maps_of(child):
+    with open(f"/proc/{child._child.process.pid}/maps") as maps:
+        return [line for line in maps if "/native/jpeg-" in line or build.SHIPPED.name in line]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="no /proc that tells of libraries")
 @needs_native
 def test_the_child_has_it_and_gives_the_same_without(monkeypatch):
     data = encoded(picture(300, 400), "JPEG")
@@ -119,7 +129,66 @@ def test_the_child_has_it_and_gives_the_same_without(monkeypatch):
         monkeypatch.setenv(native.SWITCH, switch)
         child = Examiner()
         answers.append(child.examine("a.jpg", data))
-        with open(f"/proc/{child._child.process.pid}/maps") as maps:
-            assert (str(native.kept_at()) in maps.read()) == (switch == "1")
+        assert bool(maps_of(child)) == (switch == "1")
         child.close()
     assert answers[0] == answers[1]
+
+
+@needs_compiler
+def test_a_library_that_ends_its_process_is_done_without(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "SHIPPED", tmp_path / "none")
+    native.kept_at().parent.mkdir(parents=True, mode=0o700)
+    build.compile_native(native.kept_at())
+    os.truncate(native.kept_at(), native.kept_at().stat().st_size // 2)
+    child = Examiner()
+    facts = child.examine("a.jpg", encoded(picture(300, 400), "JPEG"))
+    child.close()
+    assert facts == examine("a.jpg", encoded(picture(300, 400), "JPEG"))
+    if build.SHIPPED.exists():
+        return
+    assert "does not start with native code (ended with signal" in caplog.text and str(tmp_path) in caplog.text
+
+
+def with_segments(*profile):
+    """A good file with the parts of a colour profile: number, of how many, bytes."""
+    data = encoded(picture(64, 64), "JPEG")
+    parts = [b"ICC_PROFILE\0" + bytes([number, count]) + more for number, count, more in profile]
+    return data[:2] + b"".join(b"\xff\xe2" + (len(part) + 2).to_bytes(2, "big") + part for part in parts) + data[2:]
+
+
+@pytest.mark.parametrize("profile", [[(0, 1, b"p")], [(2, 1, b"p")], [(1, 2, b"p")], [(1, 1, b"")], [(1, 1, b"p")] * 2])
+def test_a_torn_colour_profile_is_no_damage(profile):
+    assert turbo.header(with_segments(*profile)) is None
+    assert examine("a.jpg", with_segments(*profile))["notes"] == {}
+    good = with_segments((2, 2, b"q"), (1, 2, b"p"))
+    assert turbo.header(good) is not None and turbo.decode(good, turbo.header(good)) is not None
+
+
+def test_odd_sampling_of_colours_is_no_damage():
+    data = bytearray(encoded(picture(64, 64), "JPEG", subsampling=0))
+    at = data.index(b"\xff\xc0") + 11
+    data[at : at + 9 : 3] = b"\x22\x22\x22"  # 4:4:4, said in another way
+    assert turbo.header(bytes(data)) is None
+    data[at : at + 9 : 3] = b"\x11\x11\x11"
+    assert turbo.header(bytes(data)) is not None
+
+
+def test_a_file_without_width_is_bad():
+    data = bytearray(encoded(picture(64, 64), "JPEG"))
+    at = data.index(b"\xff\xc0") + 7
+    data[at : at + 2] = bytes(2)
+    with pytest.raises(BadImage, match="damaged"):
+        examine("a.jpg", bytes(data))
+
+
+def test_metadata_in_the_middle_does_not_choose_the_rows():
+    rng = np.random.default_rng(0)
+    chosen = []
+    for _ in range(200):
+        noisy = PIL.Image.fromarray(rng.integers(0, 255, (20, 20, 3), np.uint8)).resize((256, 256))
+        data = encoded(noisy, "JPEG", quality=60, comment=b" " * 60_000)
+        first, step = jpeg_sums.strips(256, 256, data)
+        assert step == 4
+        chosen.append(first)
+    assert min(np.bincount(chosen, minlength=4)) > 30  # of 50, standard deviation 6
