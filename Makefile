@@ -49,9 +49,9 @@ bench-feeds: $(PEERS)/.locked  ## training feeds side by side: scalecv, its peer
 
 $(PEERS)/.locked: requirements.lock pyproject.toml | $(STAMP)
 	@test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
-	VIRTUAL_ENV=$(CURDIR)/$(PEERS) $(UV) pip sync --quiet --require-hashes requirements.lock
+	VIRTUAL_ENV=$(CURDIR)/$(PEERS) $(UV) pip sync --quiet --require-hashes --compile-bytecode requirements.lock
 	VIRTUAL_ENV=$(CURDIR)/$(PEERS) $(UV) pip install --quiet --no-deps --no-build-isolation -e .
-	VIRTUAL_ENV=$(CURDIR)/$(PEERS) $(UV) pip install --quiet --group peers
+	VIRTUAL_ENV=$(CURDIR)/$(PEERS) $(UV) pip install --quiet --compile-bytecode --group peers
 	@touch $@
 
 wheel: setup     ## dist/: a wheel with our C for JPEGs compiled, for this kind of machine (Linux; gcc and libjpeg-dev)

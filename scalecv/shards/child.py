@@ -37,6 +37,7 @@ _ENVIRONMENT = {
 }
 _KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "XDG_CACHE_HOME", "CC", native.SWITCH)
 _log = logging.getLogger("scalecv.ingest")
+_SIGNAL = "signal "
 _SEAL_FUTURE_WRITE = 0x10  # of Linux 5.1, which the fcntl module does not name
 
 
@@ -90,6 +91,8 @@ class Child:
         self._shared: SharedMemory | None = None
         self.process: subprocess.Popen[bytes] | None = None
         self._ahead = b""
+        self._more: dict[str, str] = {}
+        """In the environment of the process."""
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
@@ -202,17 +205,17 @@ class Child:
             if self._shared_bytes and self._shared is None:
                 with contextlib.suppress(OSError, AttributeError):  # a pipe will do
                     self._shared = SharedMemory(self._shared_bytes)
-            said = self._start({})
-            if said and not native.is_off():
-                again = self._start({native.SWITCH: "0"})
-                if not again:
+            said = self._start()
+            if _SIGNAL in said and not self._more and not native.is_off():  # a broken library ends who loads it
+                self._more, first = {native.SWITCH: "0"}, said
+                said = self._start()
+                if not said:
                     _log.warning(
                         "the process that decodes images does not start with native code (%s) and goes without: if "
                         "%s is there, remove it",
-                        said,
+                        first,
                         native.kept_at(),
                     )
-                said = again
             if said:
                 module = self._serves.partition(":")[0]
                 raise ScalecvError(
@@ -221,8 +224,8 @@ class Child:
                 )
         return cast("subprocess.Popen[bytes]", self.process)
 
-    def _start(self, more: dict[str, str]) -> str:
-        """Start the process, with more in its environment; why it did not start, or nothing."""
+    def _start(self) -> str:
+        """Start the process; why it did not start, or nothing."""
         takes = "" if not self._shared_bytes else str(self._shared.handle if self._shared else -1)
         module, _, function = self._serves.partition(":")
         kept = {k: v for k, v in os.environ.items() if k in _KEPT}
@@ -234,7 +237,7 @@ class Child:
             bufsize=0,
             pass_fds=(self._shared.handle,) if self._shared else (),
             # The child decodes what strangers wrote: it gets no credentials.
-            env=kept | {"PYTHONPATH": _paths(), **_ENVIRONMENT} | more,
+            env=kept | {"PYTHONPATH": _paths(), **_ENVIRONMENT, **self._more},
         )
         stdin = cast("IO[bytes]", self.process.stdin).fileno()
         os.set_blocking(stdin, False)
@@ -287,4 +290,4 @@ def reply(target: IO[bytes], answer: Any, data: Any = b"") -> None:
 
 def ending(code: int | None) -> str:
     """An exit code in words."""
-    return f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+    return f"{_SIGNAL}{-code}" if code is not None and code < 0 else f"exit code {code}"

@@ -5,9 +5,7 @@ written last, so a unit that was cut off leaves nothing that counts and may run 
 """
 
 import collections
-import contextlib
 import errno
-import gc
 import hashlib
 import json
 import threading
@@ -17,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
-from scalecv import storage
+from scalecv import runtime, storage
 from scalecv.errors import DataError, IntegrityError, ScalecvError, StorageDenied
 from scalecv.schema import META
 from scalecv.shards import plan, window_rows
@@ -70,7 +68,7 @@ def run(item: Mapping[str, Any], target: str) -> dict[str, Any]:
     """
     began = time.monotonic()
     try:
-        with _without_collection():
+        with runtime.without_collector():
             record = work(target, str(item["unit"]))
     except ScalecvError as error:
         return {**_NOTHING, "unit": item["unit"], "error": str(error), "error_type": type(error).__name__}
@@ -85,18 +83,6 @@ def run(item: Mapping[str, Any], target: str) -> dict[str, Any]:
         "reasons": json.dumps(reasons),
         "examples": json.dumps({bad.reason: bad.path for bad in reversed(record.quarantine)}),
     }
-
-
-@contextlib.contextmanager
-def _without_collection() -> Iterator[None]:
-    """No search for cycles of objects: rows are none, and it looks through all modules and rows again and again."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 _NOTHING: dict[str, Any] = {

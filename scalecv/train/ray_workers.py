@@ -10,14 +10,14 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from scalecv.config import Scale
-from scalecv.runtime import fast_imports
+from scalecv.runtime import without_collector
 
 
 class TrainWorker:
     """Ray Train's worker, imported where it runs."""
 
     def __init__(self) -> None:
-        with fast_imports():
+        with without_collector():
             from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
 
             import scalecv.train.worker  # noqa: F401

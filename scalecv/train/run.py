@@ -263,7 +263,7 @@ def _run_workers(
     steps = math.ceil(rows / experiment.train.batch)
     message = f"{rows:,} rows, about {steps:,} steps in an epoch; Ray and {scale.workers} workers start"
     spool.append(path, {"kind": "progress", "message": message})
-    with runtime.fast_imports():
+    with runtime.without_collector():
         runtime.connect(code_dirs=code_dirs)
         cpus, gpus = runtime.resources()
         use_gpu = scale.gpu == "yes" or (scale.gpu == "auto" and gpus >= allowed[-1])
@@ -276,7 +276,7 @@ def _run_workers(
         message = f"the cluster has room for {workers} of scale.workers={scale.workers}: begins with these"
         spool.append(path, {"kind": "progress", "message": message})
     with ray_workers.start_workers(workers, scale, use_gpu=use_gpu, code_dirs=code_dirs) as early:
-        with runtime.fast_imports():
+        with runtime.without_collector():
             from scalecv.train import ray_run
             from scalecv.train.network import check_builds
 
