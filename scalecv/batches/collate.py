@@ -54,7 +54,6 @@ def fill(
     shared: SharedPixels | None = None,
 ) -> "Filling":
     """Start decoding a batch on `pool`; `Filling.wait` gives it. `seeds`: (seed, epoch), None does not augment."""
-    numbers = {name: place for place, name in enumerate(how.classes)}
     memory = BatchMemory(len(rows), how, blocks or Blocks(0))
     masks: list[Any] = [None] * len(rows)
 
@@ -76,10 +75,15 @@ def fill(
         return time.perf_counter() - began
 
     futures = [pool.submit(work, first) for first in range(min(parts, len(rows)))]
-    labels = None
-    if rows and rows[0].mask is None:
-        labels = np.array([numbers[r.label] if r.label is not None else -1 for r in rows], np.int64)
-    return Filling(futures, memory, masks, labels, [r.id for r in rows], [r.path for r in rows])
+    return Filling(futures, memory, masks, labels_of(rows, how), [r.id for r in rows], [r.path for r in rows])
+
+
+def labels_of(rows: list[Row], how: Pixels) -> np.ndarray | None:
+    """Class number of each row, int64, -1 where it has none; None where rows have masks."""
+    if not rows or rows[0].mask is not None:
+        return None
+    numbers = {name: place for place, name in enumerate(how.classes)}
+    return np.array([numbers[row.label] if row.label is not None else -1 for row in rows], np.int64)
 
 
 @contextmanager
@@ -136,7 +140,7 @@ def _cropped(rows: list[Row], how: Pixels, chances: Mapping[int, np.ndarray | No
     Args:
         chances: draws of each row, or None.
     """
-    native, side = crops.load() if _is_plain(how) else None, how.size_px
+    native, side = crops.load() if is_plain(how) else None, how.size_px
     if native is None or not side:
         return set()
     jobs: dict[int, crops.Job] = {}
@@ -146,7 +150,7 @@ def _cropped(rows: list[Row], how: Pixels, chances: Mapping[int, np.ndarray | No
         known = turbo.header(row.image) if row.mask is None and row.nodata is None else None
         if known is None or known.channels != 3 or not known.height_at:
             continue
-        box, flips = _box_and_flips(known, how, u)
+        box, flips = box_and_flips(known, how, u)
         if box[3] < _NARROWEST:
             continue
         room = native.room(known, box, side)
@@ -156,21 +160,21 @@ def _cropped(rows: list[Row], how: Pixels, chances: Mapping[int, np.ndarray | No
         return set()
     whole = native([*jobs.values()], side, samples.own_memory(most))
     done = {at for at, is_done in zip(jobs, whole.tolist(), strict=True) if is_done}
-    rest = how.augment.model_copy(update={"resized_crop": None, "hflip": 0.0, "vflip": 0.0})
+    rest = rest_of(how.augment)
     memory.filled(done)
-    if rest != _NOTHING:
+    if rest != NOTHING:
         for at in done:
-            memory.put(at, _augmented(memory.at(at), rest, how, chances[at]))
+            memory.put(at, augmented(memory.at(at), rest, how, chances[at]))
     return done
 
 
-def _is_plain(how: Pixels) -> bool:
-    """Whether pixels are the three colours of the file."""
+def is_plain(how: Pixels) -> bool:
+    """Whether pixels are the three colours of a photograph."""
     is_rgb = how.dtype == "uint8" and how.channels == 3 and how.color != "gray"
     return is_rgb and not how.bands and not how.marks_data
 
 
-def _box_and_flips(known: turbo.Header, how: Pixels, u: np.ndarray | None) -> tuple[transforms.Box, int]:
+def box_and_flips(known: turbo.Header, how: Pixels, u: np.ndarray | None) -> tuple[transforms.Box, int]:
     """What of a picture is resized, and how it is flipped then: 1 left-right, 2 up-down."""
     height, width = known.height, known.width
     if u is not None and how.augment.resized_crop:
@@ -183,13 +187,19 @@ def _box_and_flips(known: turbo.Header, how: Pixels, u: np.ndarray | None) -> tu
     return box, 0 if u is None else int(u[4] < how.augment.hflip) + 2 * int(u[5] < how.augment.vflip)
 
 
-def _augmented(image: Any, rest: Augment, how: Pixels, u: np.ndarray | None) -> torch.Tensor:
+def rest_of(how: Augment) -> Augment:
+    """What is left of an augmentation after crop, resize and flips."""
+    return how.model_copy(update={"resized_crop": None, "hflip": 0.0, "vflip": 0.0})
+
+
+def augmented(image: Any, rest: Augment, how: Pixels, u: np.ndarray | None) -> torch.Tensor:
+    """[C, H, W] with what is left of its augmentation, in its dtype and on its device."""
     if u is None:
         return image  # type: ignore[no-any-return]  # a tensor
     return transforms.recolour(transforms.move(image, None, rest, u, None)[0], rest, u, how.mean, how.std)
 
 
-_NOTHING = Augment()
+NOTHING = Augment()
 _NARROWEST = 2
 """Pixels: of a box one pixel wide libjpeg may decode a single column of colour, which it enlarges in another way."""
 
@@ -224,7 +234,7 @@ def to_device(batch: Batch, how: Pixels, device: torch.device, channels_last: bo
     """
     blocking = device.type != "cuda"
     image = batch["image"]
-    if not blocking:
+    if not blocking and image.device.type == "cpu":  # else the GPU has decoded it
         image = image.pin_memory()
     image = image.to(device, non_blocking=not blocking)
     mean, scale = _mean_and_scale(how.mean, how.std, device)

@@ -1,4 +1,4 @@
-"""Who decodes: threads of the training process, and free CPUs of the cluster where training would wait for them.
+"""Who decodes: threads of the training process, free CPUs of the cluster where training would wait, or the GPU.
 
 The pixels of a row depend on its bytes and its draws alone, so it does not matter who makes them: a batch goes to the
 threads while they have little to do, and else to a Ray task on any node. A task that does not answer in time, because
@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from scalecv.batches import crops
-from scalecv.batches.collate import Row, fill
+from scalecv.batches.collate import Filling, Row, fill
+from scalecv.batches.gpu import THREADS, GpuDecoder, OnGpu
 from scalecv.batches.memory import Blocks
 from scalecv.batches.pixels import Pixels
 from scalecv.batches.shared_pixels import SharedPixels
@@ -117,17 +118,25 @@ class Decoders:
     """Decodes the batches of one feed; closing it ends the threads."""
 
     def __init__(
-        self, how: Pixels, threads: int, mode: str, ranks: int, shared: Shared, pixels: SharedPixels | None = None
+        self,
+        how: Pixels,
+        threads: int,
+        mode: str,
+        ranks: int,
+        shared: Shared,
+        pixels: SharedPixels | None = None,
+        gpu: GpuDecoder | None = None,
     ) -> None:
         """Start the threads.
 
         Args:
             how: what pixels are wanted.
             threads: of this process.
-            mode: trainer (threads alone), cluster, or auto (the cluster once training waits).
+            mode: trainer (threads alone), cluster, auto (the cluster once training waits) or gpu.
             ranks: that share the cluster's free CPUs.
             shared: what other epochs of the feed have chosen and kept.
             pixels: decoded images of this node, which the threads use; tasks elsewhere do not.
+            gpu: what decodes JPEGs, if it is not the threads.
         """
         if pixels and mode == "auto":
             mode = "trainer"
@@ -141,6 +150,8 @@ class Decoders:
             self.notes += shared.once("pixels", pixels.told)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self._pool.submit(crops.load)  # while the first row groups are read
+        self._gpu = gpu
+        self._gpu_pool = ThreadPoolExecutor(THREADS, thread_name_prefix="gpu-decode")
         self._here, self._away = 0, 0
         self._since, self._waited, self._seen = time.perf_counter(), 0.0, 0
         if mode == "cluster" and not shared.is_asked:
@@ -167,6 +178,10 @@ class Decoders:
         if self.shared.trouble:
             note = f"processes of the cluster could not get ready to decode: {self.shared.trouble}"
             self.notes += self.shared.once("trouble", note)
+        if self._gpu:
+            notes, self._gpu.notes = self._gpu.notes, []
+            self.notes += notes
+            return OnGpu(self._gpu, self._gpu_pool, lambda some: self._fill(some, seeds), rows, self.how, seeds)
         if self._here >= LOCAL_BATCHES and self._away < self.helpers:
             self._away += 1
             return _Away(self, rows, seeds)
@@ -186,7 +201,8 @@ class Decoders:
 
     def close(self) -> None:
         """End the threads."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        for pool in (self._gpu_pool, self._pool):
+            pool.shutdown(wait=True, cancel_futures=True)
         if self.pixels:
             self.pixels.close()
 
@@ -194,7 +210,7 @@ class Decoders:
         """Decode a batch by the threads, now."""
         return self._fill(rows, seeds).wait()
 
-    def _fill(self, rows: list[Row], seeds: tuple[int, int] | None) -> Pending:
+    def _fill(self, rows: list[Row], seeds: tuple[int, int] | None) -> Filling:
         return fill(rows, self.how, seeds, self._pool, 2 * self.threads, self.shared.blocks, self.pixels)
 
     def done(self, *, here: bool) -> None:

@@ -73,7 +73,10 @@ class Epoch:
         self._ready: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._room = threading.Condition()
         self._stop = threading.Event()
-        self.decoders = Decoders(feed.pixels, feed.threads, feed.decode, feed.ranks, feed._shared, feed.open_pixels())
+        self.decoders = Decoders(
+            feed.pixels, feed.threads, feed.decode, feed.ranks, feed._shared, feed.open_pixels(), feed.gpu
+        )
+        self.decoders.notes += feed.notes()
         sys.setswitchinterval(min(SWITCH_S, sys.getswitchinterval()))
         self._thread = threading.Thread(target=self._produce, name=f"feed-{feed.split}-{epoch}", daemon=True)
         self._thread.start()

@@ -13,10 +13,12 @@ from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
+import torch
 
 from scalecv.batches.collate import Row
 from scalecv.batches.decoders import Shared
 from scalecv.batches.epoch import Columns, Epoch, whole
+from scalecv.batches.gpu import GpuDecoder, hindrance
 from scalecv.batches.pixels import Pixels
 from scalecv.batches.plan import Picks, Plan, order_key
 from scalecv.batches.reader import READERS, Groups, read_or_error
@@ -46,7 +48,9 @@ class Feed:
     threads: int = 1
     reader: str = "threads"
     decode: str = "trainer"
-    """trainer, cluster or auto: see batches/decoders.py."""
+    """trainer, cluster, auto or gpu: see batches/decoders.py."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    """Where training happens, which may decode for it."""
     max_bad: float = 0.0
     """Share of the split's rows that training may leave out because they cannot be read."""
     sampling: Sampling = field(default_factory=Sampling)
@@ -77,10 +81,29 @@ class Feed:
 
     def open_pixels(self) -> SharedPixels | None:
         """The decoded images of the split that this node keeps; whoever asks closes them."""
-        if self.pixel_cache is None:
+        if self.pixel_cache is None or self.gpu:
             return None
         how, whole = self.pixels, bool(self.is_training and self.pixels.augment.resized_crop)
         return open_shared(self.pixel_cache, self.dataset.manifest, self.split, how, whole=whole)
+
+    @cached_property
+    def gpu(self) -> GpuDecoder | None:
+        """What decodes on the device: for training alone, so that scores do not hang on who decodes."""
+        return GpuDecoder(self.pixels, self.device) if self._wants_gpu and not self._hindrance else None
+
+    @cached_property
+    def _wants_gpu(self) -> bool:
+        return self.decode == "gpu" and self.is_training
+
+    @cached_property
+    def _hindrance(self) -> str:
+        return hindrance(self.pixels, self.device)
+
+    def notes(self) -> list[str]:
+        """What there is to say about who decodes, once."""
+        if self._wants_gpu and self._hindrance:
+            return self._shared.once("gpu", f"data.decode=gpu: {self._hindrance}: {self.threads} threads decode")
+        return []
 
     @cached_property
     def rows(self) -> int:

@@ -38,16 +38,17 @@ def change_bands(
     """
     if not how.changes_bands:
         return image
-    middle = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
-    spread = torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
+    device = image.device
+    middle = torch.tensor(mean, dtype=torch.float32, device=device).view(-1, 1, 1)
+    spread = torch.tensor(std, dtype=torch.float32, device=device).view(-1, 1, 1)
     changed = image.float()
     if how.band_gain or how.band_offset:
-        ab = torch.from_numpy(_uniform(u, "bands", 2 * len(image)).reshape(2, -1, 1, 1) * 2 - 1)
+        ab = torch.from_numpy(_uniform(u, "bands", 2 * len(image)).reshape(2, -1, 1, 1) * 2 - 1).to(device)
         changed = (changed - middle) * (1 + how.band_gain * ab[0]) + middle + how.band_offset * ab[1] * spread
     if how.blur_px * u[20] >= LEAST_SIGMA_PX:
         changed = _blurred(changed, float(how.blur_px * u[20]), missing)
     if how.noise:
-        changed = changed + _noise(u, tuple(image.shape)) * (spread * float(how.noise * u[19]))
+        changed = changed + _noise(u, tuple(image.shape)).to(device) * (spread * float(how.noise * u[19]))
     if u[21] < how.band_drop:
         band = int(u[22] * len(image))
         changed = torch.cat([changed[:band], middle[band].expand_as(changed[:1]), changed[band + 1 :]])
@@ -100,6 +101,6 @@ def _along(image: torch.Tensor, sigma_px: float, dim: int) -> torch.Tensor:
     size = image.shape[dim]
     out = torch.zeros_like(image)
     for shift, weight in zip(at.tolist(), weights.tolist(), strict=True):
-        index = torch.arange(shift, shift + size).clamp_(0, size - 1)
+        index = torch.arange(shift, shift + size, device=image.device).clamp_(0, size - 1)
         out.add_(image.index_select(dim, index), alpha=weight)
     return out

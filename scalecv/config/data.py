@@ -118,8 +118,9 @@ class Data(Frozen):
     """Encoded megabytes among which rows are shuffled, over all workers together."""
     reader: Literal["auto", "ray", "threads"] = "auto"
     """Who reads row groups: Ray Data, or threads of the training process; auto: Ray Data when Ray Train runs."""
-    decode: Literal["auto", "trainer", "cluster"] = "auto"
-    """Who decodes: threads of the training process, or free CPUs of the cluster too; auto: these if training waits.
+    decode: Literal["auto", "trainer", "cluster", "gpu"] = "auto"
+    """Who decodes: threads of the training process; free CPUs of the cluster too; auto: these if training waits; gpu:
+    the GPU decodes the JPEGs of a training with labels, with slightly other pixels (needs the extra `gpu`).
     """
     decode_threads: int | None = Field(None, ge=1)
     """Threads that decode images in each training process; empty means its share of the cores."""

@@ -82,6 +82,8 @@ class Experiment(Frozen):
         for key in ("scale", "track", "cache", "question", "search"):
             tree.pop(key)
         tree["train"].pop("epochs")
-        for key in ("uri", "get", "reader", "decode", "decode_threads", "max_bad"):
+        if tree["data"]["decode"] != "gpu":  # whose pixels are others
+            tree["data"].pop("decode")
+        for key in ("uri", "get", "reader", "decode_threads", "max_bad"):
             tree["data"].pop(key)
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()

@@ -8,6 +8,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from scalecv import cache, config, storage
@@ -87,6 +88,8 @@ def candidate(experiment: Experiment, speeds: Speeds) -> tuple[dict[str, Any], s
     if speeds.data_wait_share > WAITS:
         if speeds.bottleneck == "reading" and not storage.is_local(data.uri) and not experiment.cache.dir:
             return {"cache.dir": str(cache.user_folder())}, "Any folder on a local disk does."
+        if speeds.bottleneck == "decoding" and data.decode != "gpu" and _gpu_may_decode(experiment):
+            return {"data.decode": "gpu"}, "The GPU's pixels differ a little: look at the metric, too."
         threads = threads_per_rank(data.decode_threads, 1)
         cores = threads_per_rank(None, 1)
         more = 2 * threads if threads < cores else threads + 1
@@ -98,6 +101,13 @@ def candidate(experiment: Experiment, speeds: Speeds) -> tuple[dict[str, Any], s
     if not train.compile:
         return {"train.compile": True}, "The first step of each process takes longer."
     return {}, ""
+
+
+def _gpu_may_decode(experiment: Experiment) -> bool:
+    import torch
+
+    is_fitting = experiment.task == "classify" and bool(experiment.data.size_px) and experiment.scale.gpu != "no"
+    return is_fitting and torch.cuda.is_available() and find_spec("torchcodec") is not None
 
 
 def interval(ratios: list[float]) -> tuple[float, float, float]:

@@ -75,8 +75,8 @@ def measure(experiment: Experiment, seconds: float = 5.0, tell: Callable[[str], 
         sampling=experiment.data.sampling,
         limit=experiment.data.limit,
     )
-    if experiment.data.decode == "cluster":
-        tell("data.decode=cluster is left out: what threads of this machine decode is measured")
+    if experiment.data.decode in ("cluster", "gpu"):
+        tell(f"data.decode={experiment.data.decode} is left out: what threads of this machine decode is measured")
     per_image = dataset.manifest.encoded_bytes / max(1, dataset.manifest.rows)
     tell(f"reading, {seconds:g} s")
     read = _rate(_forever(lambda epoch: (len(table) for table in feed.tables(epoch))), seconds)

@@ -158,7 +158,7 @@ def _is_same(experiment: Experiment, told: dict[str, Any]) -> bool:
 def _go_on(experiment: Experiment, uri: str, told: dict[str, Any]) -> Run:
     if told["identity"] != experiment.identity():
         was, now = flatten(told["experiment"]), flatten(experiment.model_dump(mode="json"))
-        same = (
+        same: tuple[str, ...] = (
             "scale.",
             "track.",
             "question",
@@ -170,6 +170,8 @@ def _go_on(experiment: Experiment, uri: str, told: dict[str, Any]) -> Run:
             "data.max_bad",
             "train.epochs",
         )
+        if "gpu" in (was.get("data.decode"), now.get("data.decode")):  # whose pixels are others
+            same = tuple(key for key in same if key != "data.decode")
         differs = [k for k in sorted({*was, *now}) if was.get(k) != now.get(k) and not k.startswith(same)]
         words = ", ".join(f"{k} was {was.get(k)!r} and is {now.get(k)!r}" for k in differs[:3])
         raise ConfigError(

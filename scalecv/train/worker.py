@@ -142,6 +142,7 @@ def _setup(
             threads=threads_per_rank(experiment.data.decode_threads, place.ranks_on_node),
             max_bad=experiment.data.max_bad if split == "train" else 0.0,
             decode=experiment.data.decode,
+            device=device,
             sampling=experiment.data.sampling,
             limit=experiment.data.limit,
             pixel_cache=NodeCache.of(experiment.cache) if experiment.cache.pixels == "yes" else None,

@@ -2,10 +2,11 @@
 
     python -m tests.reference.gpu_bench --photos DATASET --tiles DATASET [--rounds 3] [--to docs/benchmarks/gpu.md]
 
-PHOTOS is a dataset with labels, TILES one with masks and four bands (`scalecv ingest` makes both). Two cases: ResNet-18
-at 224 px with random crops, Unet with ResNet-34 at 256 px. In turns, each for some seconds: scalecv's training from
-shards, and a plain loop of PyTorch (channels_last, autocast, fused AdamW, cudnn.benchmark) on one batch that stays on
-the device, so that it waits for nothing. `--device cpu` with a small `--batch` tries the script without a GPU.
+PHOTOS is a dataset with labels, TILES one with masks and four bands (`scalecv ingest` makes both). Cases: ResNet-18 at
+224 px with random crops, its JPEGs decoded by the CPU and by the GPU, and Unet with ResNet-34 at 256 px. In turns, each
+for some seconds: scalecv's training from shards, and a plain loop of PyTorch (channels_last, autocast, fused AdamW,
+cudnn.benchmark) on one batch that stays on the device, so that it waits for nothing. `--device cpu` with a small
+`--batch` tries the script without a GPU.
 """
 
 import argparse
@@ -25,6 +26,10 @@ from scalecv.speed import trial
 CASES = {
     "ResNet-18, 224 px": {
         "task": "classify", "model.arch": "resnet18", "data.size_px": 224,
+        "data.augment.resized_crop": [0.08, 1.0], "data.augment.hflip": 0.5,
+    },
+    "ResNet-18, 224 px, the GPU decodes": {
+        "task": "classify", "model.arch": "resnet18", "data.size_px": 224, "data.decode": "gpu",
         "data.augment.resized_crop": [0.08, 1.0], "data.augment.hflip": 0.5,
     },
     "Unet/ResNet-34, 256 px": {
@@ -90,7 +95,7 @@ def main() -> None:
     device = torch.device(args.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     speeds, memory = [], []
-    for (case, keys), data in zip(CASES.items(), (args.photos, args.tiles), strict=True):
+    for (case, keys), data in zip(CASES.items(), (args.photos, args.photos, args.tiles), strict=True):
         dataset = open_dataset(data)
         channels = len(next(iter(dataset.manifest.stats.values())).mean)
         outputs = len(dataset.manifest.classes)

@@ -51,6 +51,15 @@ def test_the_change_fits_the_bottleneck(recipe):
     assert list(advice.candidate(bucket, speeds(0.5, "reading"))[0]) == ["cache.dir"]
 
 
+def test_where_there_is_a_gpu_it_may_decode(recipe, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    experiment = config.load(recipe, {"data.size_px": 32})
+    assert advice.candidate(experiment, speeds(0.5))[0] == {"data.decode": "gpu"}
+    for other in ({"data.decode": "gpu"}, {"scale.gpu": "no"}):
+        experiment = config.load(recipe, {"data.size_px": 32, **other})
+        assert list(advice.candidate(experiment, speeds(0.5))[0]) == ["data.decode_threads"]
+
+
 def test_what_did_not_help_is_not_proposed():
     good = advice.Advice({"train.channels_last": True}, "By rounding.", 1.2, 1.1, 1.3, 5)
     bad = advice.Advice({"train.channels_last": True}, "By rounding.", 1.01, 0.95, 1.07, 5)
