@@ -25,6 +25,7 @@ TAGS = {
         "scalecv.device",
         "scalecv.ranks",
         "scalecv.threads",
+        "scalecv.decode",
         "scalecv.cpu_capability",
         "scalecv.worker_cpu",
         "scalecv.gpu",

@@ -8,13 +8,14 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Mapping
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PACKAGES = (
     "scalecv torch torchvision timm segmentation-models-pytorch numpy pillow rasterio pyarrow ray deltalake obstore "
-    "safetensors pydantic mlflow"
+    "safetensors pydantic mlflow torchcodec"
 ).split()
 MOST_DIFF_BYTES = 1 << 20
 MOST_NAMES = 8
@@ -41,13 +42,14 @@ def run_facts() -> dict[str, str]:
     return facts
 
 
-def worker_facts(ranks: int, device: str, resumed_at: int) -> dict[str, str]:
+def worker_facts(ranks: int, device: str, resumed_at: int, more: Mapping[str, str]) -> dict[str, str]:
     """Tags about the processes that train; called on every rank at the same place, for they tell each other.
 
     Args:
         ranks: number of training processes.
         device: torch device of this rank.
         resumed_at: update that this start goes on from, 0 for a fresh one.
+        more: tags of this rank.
     """
     import torch
 
@@ -62,6 +64,7 @@ def worker_facts(ranks: int, device: str, resumed_at: int) -> dict[str, str]:
         "scalecv.cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "scalecv.device": torch.cuda.get_device_name(where) if has_gpu else where.type,
         "scalecv.cuda": cuda,
+        **more,
     }
     everyone = [mine]
     if torch.distributed.is_initialized():

@@ -151,6 +151,8 @@ class Decoders:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self._pool.submit(crops.load)  # while the first row groups are read
         self._gpu = gpu
+        if gpu:
+            gpu.tell = self.notes.append
         self._gpu_pool = ThreadPoolExecutor(THREADS, thread_name_prefix="gpu-decode")
         self._here, self._away = 0, 0
         self._since, self._waited, self._seen = time.perf_counter(), 0.0, 0
@@ -179,9 +181,7 @@ class Decoders:
             note = f"processes of the cluster could not get ready to decode: {self.shared.trouble}"
             self.notes += self.shared.once("trouble", note)
         if self._gpu:
-            notes, self._gpu.notes = self._gpu.notes, []
-            self.notes += notes
-            return OnGpu(self._gpu, self._gpu_pool, lambda some: self._fill(some, seeds), rows, self.how, seeds)
+            return OnGpu(self._gpu, self._gpu_pool, lambda some: self._fill(some, seeds), rows, seeds)
         if self._here >= LOCAL_BATCHES and self._away < self.helpers:
             self._away += 1
             return _Away(self, rows, seeds)

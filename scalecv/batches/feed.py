@@ -101,6 +101,9 @@ class Feed:
 
     def notes(self) -> list[str]:
         """What there is to say about who decodes, once."""
+        if self.gpu and self.pixel_cache:
+            note = "data.decode=gpu: decoded images are not kept (cache.pixels), for the GPU decodes them each time"
+            return self._shared.once("gpu", note)
         if self._wants_gpu and self._hindrance:
             return self._shared.once("gpu", f"data.decode=gpu: {self._hindrance}: {self.threads} threads decode")
         return []

@@ -120,7 +120,7 @@ class Data(Frozen):
     """Who reads row groups: Ray Data, or threads of the training process; auto: Ray Data when Ray Train runs."""
     decode: Literal["auto", "trainer", "cluster", "gpu"] = "auto"
     """Who decodes: threads of the training process; free CPUs of the cluster too; auto: these if training waits; gpu:
-    the GPU decodes the JPEGs of a training with labels, with slightly other pixels (needs the extra `gpu`).
+    the GPU decodes the JPEGs of a training with labels, to slightly other pixels (needs the extra `gpu`).
     """
     decode_threads: int | None = Field(None, ge=1)
     """Threads that decode images in each training process; empty means its share of the cores."""

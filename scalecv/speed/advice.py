@@ -8,7 +8,6 @@ import math
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 from scalecv import cache, config, storage
@@ -89,7 +88,7 @@ def candidate(experiment: Experiment, speeds: Speeds) -> tuple[dict[str, Any], s
         if speeds.bottleneck == "reading" and not storage.is_local(data.uri) and not experiment.cache.dir:
             return {"cache.dir": str(cache.user_folder())}, "Any folder on a local disk does."
         if speeds.bottleneck == "decoding" and data.decode != "gpu" and _gpu_may_decode(experiment):
-            return {"data.decode": "gpu"}, "The GPU's pixels differ a little: look at the metric, too."
+            return {"data.decode": "gpu"}, "The GPU's pixels are others: look at the metric, too."
         threads = threads_per_rank(data.decode_threads, 1)
         cores = threads_per_rank(None, 1)
         more = 2 * threads if threads < cores else threads + 1
@@ -104,10 +103,22 @@ def candidate(experiment: Experiment, speeds: Speeds) -> tuple[dict[str, Any], s
 
 
 def _gpu_may_decode(experiment: Experiment) -> bool:
+    """Whether a GPU could decode most of the first rows."""
     import torch
 
-    is_fitting = experiment.task == "classify" and bool(experiment.data.size_px) and experiment.scale.gpu != "no"
-    return is_fitting and torch.cuda.is_available() and find_spec("torchcodec") is not None
+    from scalecv.batches.feed import Feed
+    from scalecv.batches.gpu import GpuDecoder, hindrance
+    from scalecv.batches.pixels import pixels_of
+
+    if experiment.scale.gpu == "no" or not torch.cuda.is_available():
+        return False
+    data, device = experiment.data, torch.device("cuda")
+    dataset = open_dataset(data.uri, data.version, experiment.cache)
+    how = pixels_of(dataset.manifest, data, data.uri, experiment.task)
+    if hindrance(how, device):
+        return False
+    rows, gpu = Feed(dataset, "train", how, experiment.train.batch).some_rows(64), GpuDecoder(how, device)
+    return sum(gpu.job(row, None) is not None for row in rows) > len(rows) / 2
 
 
 def interval(ratios: list[float]) -> tuple[float, float, float]:

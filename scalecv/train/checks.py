@@ -152,6 +152,8 @@ def _exact(experiment: Experiment) -> None:
         )
     if train.precision == "fp16":
         raise ConfigError("train.exact=true with train.precision=fp16: the loss scale is not kept; set bf16 or fp32")
+    if experiment.data.decode == "gpu":
+        raise ConfigError("train.exact=true with data.decode=gpu: its pixels hang on the GPU; set data.decode=trainer")
 
 
 def _sizes(experiment: Experiment) -> None:

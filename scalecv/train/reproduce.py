@@ -212,6 +212,11 @@ def _again(record: Record, to: str | None, overrides: dict[str, Any]) -> Experim
         )
     where = f"run {record.run_id}"
     recorded = build(record.experiment, where)
+    if "gpu" in (overrides.get("data.decode"), recorded.data.decode) and "data.decode" in overrides:
+        raise ConfigError(
+            f"data.decode={recorded.data.decode} is a part of what is reproduced: the GPU's pixels are others. For "
+            f"another experiment: scalecv train runs:/{record.run_id} name=NAME data.decode={overrides['data.decode']}"
+        )
     name = to or f"{recorded.name[:88]}-reproduced"
     if name == recorded.name:
         raise ConfigError(f"--to {name} is the recorded run's own name: give the new run another one")

@@ -88,7 +88,8 @@ def _work(
     state, notes, weights = _start(setup, job, place, pixels)
     if experiment.cache.dir and dataset.cache is None:
         notes.append(f"cache.dir is not used: {dataset.uri} lies on a disk, not in a bucket")
-    facts = worker_facts(place.ranks, place.device, state.updates) | weights | upscaler.tags(setup.upscale)
+    more = {"scalecv.decode": "gpu" if setup.feeds["train"].gpu else "cpu"}
+    facts = worker_facts(place.ranks, place.device, state.updates, more) | weights | upscaler.tags(setup.upscale)
     said: list[Event] = [{"kind": "progress", "message": note} for note in notes]
     report([_processes(), {"kind": "tags", "tags": facts}, *said, *state.recent])  # known points are not sent twice
     status = loop.fit(setup, state)

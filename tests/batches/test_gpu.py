@@ -1,6 +1,10 @@
 """What the GPU's way makes of rows, by the same calls on this machine's CPU; with a GPU by nvJPEG, too."""
 
-from contextlib import nullcontext
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
 
 import PIL.Image
 import pytest
@@ -10,16 +14,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from scalecv.batches import feed as feeds
 from scalecv.batches import gpu
-from scalecv.batches.collate import Row
+from scalecv.batches.collate import Row, fill
 from scalecv.batches.decoders import Decoders, Shared
 from scalecv.batches.feed import Feed
-from scalecv.batches.gpu import GpuDecoder, hindrance
+from scalecv.batches.gpu import GpuDecoder, OnGpu, hindrance
 from scalecv.batches.pixels import pixels_of
 from scalecv.config import Augment, Data, build
 from scalecv.errors import ConfigError
+from scalecv.jpeg import turbo
 from scalecv.shards.ingest import IngestOptions, ingest
 from scalecv.shards.store import open_dataset
 from tests.batches.test_collate import pixels, rows
+from tests.jpeg.test_turbo import picture
 from tests.shards.images import encoded
 
 CPU = torch.device("cpu")
@@ -54,8 +60,8 @@ def test_the_batch_is_that_of_the_threads(kinds, augment, seeds):
     assert made["id"] == expected["id"] and made["path"] == expected["path"]
     assert torch.equal(made["label"], expected["label"])
     assert off(made, expected).max() <= 1  # torch resizes bytes in whole numbers on a CPU, and here in float32
-    said = [f"data.decode=gpu: the GPU decodes JPEGs; its pixels of {n} pictures are off" for n in (8, 6)]
-    assert kinds == ("PNG",) or notes[0].startswith(said[len(kinds) - 1])
+    said = [f"data.decode=gpu: the GPU decodes JPEGs; {n} crops are off those of the CPU by 0." for n in (8, 6)]
+    assert (notes == []) if kinds == ("PNG",) else notes[0].startswith(said[len(kinds) - 1])
 
 
 @pytest.mark.parametrize(
@@ -75,9 +81,10 @@ def test_further_changes_are_those_of_the_threads(augment):
 
 def test_what_the_gpu_does_not_decode_the_threads_do(monkeypatch):
     some = rows(("JPEG",))
-    real = torchcodec.decoders.decode_jpeg
+    real, asked = torchcodec.decoders.decode_jpeg, []
 
     def picky(files, **how):
+        asked.append([*files])
         if some[4].image in files or some[7].image in files:
             raise RuntimeError("nvjpegDecodeBatched failed: 2")
         return real(files, **how)
@@ -85,17 +92,86 @@ def test_what_the_gpu_does_not_decode_the_threads_do(monkeypatch):
     monkeypatch.setattr(torchcodec.decoders, "decode_jpeg", picky)
     made, expected, notes = batches(pixels(**CROPS), some, (3, 1))
     assert off(made, expected).max() <= 1 and torch.equal(off(made, expected)[4], torch.zeros(3, 24, 24))
-    assert [note for note in notes if "did not decode 4.x" in note] == notes[1:]
+    why = "RuntimeError: nvjpegDecodeBatched failed: 2"
+    assert notes[1:] == [f"data.decode=gpu: 4.x or more are not decoded there ({why}): threads do"]
+    assert asked.count([some[4].image]) == 2  # for the comparison and the first batch, and then no more
 
 
 def test_a_gpu_that_decodes_nothing_leaves_all_to_the_threads(monkeypatch):
+    asked = []
+
     def none(files, **how):
-        raise RuntimeError("CUDA out of memory")
+        asked.append(len(files))
+        raise RuntimeError("not compiled with nvJPEG support\nfurther lines")
 
     monkeypatch.setattr(torchcodec.decoders, "decode_jpeg", none)
     made, expected, notes = batches(pixels(**CROPS), rows(), (3, 1))
     assert torch.equal(made["image"], expected["image"])
-    assert notes == ["data.decode=gpu: it did not decode 0.x or more: threads do"]
+    decoder, some = GpuDecoder(pixels(), CPU), rows(("JPEG",))
+    with ThreadPoolExecutor(1) as pool:
+        OnGpu(decoder, pool, lambda left: fill(left, pixels(), None, AtOnce(), 1), some[:2], None).wait()
+    assert decoder.job(some[5], None) is None
+    why = "RuntimeError: not compiled with nvJPEG support"
+    assert notes[0] == f"data.decode=gpu: it decoded none of 6 pictures ({why}): threads decode"
+    assert asked.count(6) == 2  # the comparison and the batch that was on its way: then no more
+
+
+def test_memory_that_lacks_once_is_asked_for_again(monkeypatch):
+    real, is_full = torchcodec.decoders.decode_jpeg, [False, True, True]
+
+    def scarce(files, **how):
+        if len(files) == 1 and is_full.pop():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(files, **how)
+
+    decoder, some = GpuDecoder(pixels(), CPU), rows(("JPEG",))[:1]
+    jobs = {0: decoder.job(some[0], None)}
+    images = decoder._images(1)
+    monkeypatch.setattr(torchcodec.decoders, "decode_jpeg", scarce)
+    assert [decoder._make(jobs, images) for _ in range(3)] == [[0], [0], []] and images.any()
+    assert decoder.job(some[0], None) is not None
+
+
+def test_pictures_are_decoded_in_parts_of_bounded_size(monkeypatch):
+    real, sizes = torchcodec.decoders.decode_jpeg, []
+
+    def counted(files, **how):
+        found = real(files, **how)
+        sizes.append(sum(picture.numel() for picture in found))
+        return found
+
+    monkeypatch.setattr(torchcodec.decoders, "decode_jpeg", counted)
+    monkeypatch.setattr(gpu, "CHUNK_BYTES", 3 * 60 * 44 * 2)
+    made, expected, _ = batches(pixels(**CROPS), rows(("JPEG",)), (3, 1))
+    assert off(made, expected).max() <= 1 and max(sizes) <= 3 * 60 * 44 * 2 and len(sizes) > 12
+
+
+def test_what_is_out_of_the_ordinary_is_left_to_the_threads():
+    decoder, (row, *_) = GpuDecoder(pixels(8), CPU), rows(("JPEG",))
+    assert decoder.job(row, None) is not None
+    assert decoder.job(row._replace(mask=b"x"), None) is None and decoder.job(row._replace(nodata=0.0), None) is None
+    plain = PIL.Image.new("RGB", (60, 40), (200, 20, 90))
+    kinds = {
+        "rgb": encoded(plain, "JPEG", keep_rgb=True),
+        "cmyk": encoded(plain.convert("CMYK"), "JPEG"),
+        "gray": encoded(plain.convert("L"), "JPEG"),
+        "wide": encoded(plain.resize((730, 10)), "JPEG"),
+        "turned": encoded(plain, "JPEG", exif=turned()),
+    }
+    assert {name: decoder.job(row._replace(image=data), None) for name, data in kinds.items()} == dict.fromkeys(kinds)
+    for good in (encoded(plain, "JPEG", progressive=True), encoded(plain.resize((720, 10)), "JPEG")):
+        assert decoder.job(row._replace(image=good), None) is not None
+
+
+def turned() -> bytes:
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    return exif.tobytes()
+
+
+def test_the_middle_of_a_picture():
+    made, expected, _ = batches(replace(pixels(), resize="crop"), rows(("JPEG",)), None)
+    assert off(made, expected).max() <= 1
 
 
 def test_other_pixels_end_the_run_before_its_first_batch(monkeypatch):
@@ -109,22 +185,79 @@ def test_other_pixels_end_the_run_before_its_first_batch(monkeypatch):
         batches(pixels(**CROPS), rows(("JPEG",)), (3, 1))
 
 
-def test_all_that_is_made_stays_on_the_device(monkeypatch):
+class AtOnce:
+    """A pool whose work is done in the thread that asks: what is switched on there holds for it."""
+
+    def submit(self, work, *args):
+        done = Future()
+        done.set_result(work(*args))
+        return done
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """Streams and events of a GPU that is not there, and what was asked of them, in order."""
+    told = []
+
+    class Stream:
+        def __init__(self, *_):
+            told.append("new stream")
+
+        def wait_event(self, event):
+            told.append("training waits")
+
+    @contextmanager
+    def on(stream):
+        told.append("begin")
+        yield
+        told.append("end")
+
+    monkeypatch.setattr("torch.cuda.Stream", Stream)
+    monkeypatch.setattr("torch.cuda.stream", on)
+    monkeypatch.setattr("torch.cuda.device", lambda device: nullcontext())
+    monkeypatch.setattr("torch.cuda.Event", lambda: SimpleNamespace(record=lambda: told.append("record")))
+    monkeypatch.setattr("torch.cuda.current_stream", Stream)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: told.append("in use"), raising=False)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self, raising=False)
+    return told
+
+
+def test_all_that_is_made_stays_on_the_device_and_training_waits_for_it(cuda, monkeypatch):
     """Tensors without content know their device, and refuse to be mixed with those of another one."""
     how, some = (
         pixels(**CROPS, rot90=True, pad_crop_px=2, noise=0.5, blur_px=2.0, band_offset=0.2, contrast=0.2),
         rows(),
     )
-    jpegs = [row for row in some if row.image[:2] == b"\xff\xd8"]
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        decoder = GpuDecoder(how, torch.device("cuda:0"))
-        known = [decoder.takes(row) for row in jpegs]
-        pictures = [torch.empty(3, header.height, header.width, dtype=torch.uint8, device="cuda:0") for header in known]
-        monkeypatch.setattr(torchcodec.decoders, "decode_jpeg", lambda files, **_: pictures)
-        monkeypatch.setattr(decoder, "_stream", lambda: nullcontext(None))
-        images = decoder.make(jpegs, known, (3, 1)).images
-    assert (images.device.type, images.shape) == ("cuda", (len(jpegs), 3, 24, 24))
-    assert images.is_contiguous(memory_format=torch.channels_last)
+    bad = some[2].image
+
+    def decode(files, device, **_):
+        if bad in files:
+            raise RuntimeError("nvjpegDecodeBatched failed: 2")
+        sizes = [(header.height, header.width) for header in map(turbo.header, files)]
+        return [torch.empty(3, *size, dtype=torch.uint8, device=device) for size in sizes]
+
+    monkeypatch.setattr(torchcodec.decoders, "decode_jpeg", decode)
+    decoder = GpuDecoder(how, torch.device("cuda:0"))
+    monkeypatch.setattr(decoder, "_is_compared", True)  # there is nothing to compare
+
+    with ThreadPoolExecutor(1) as pool, FakeTensorMode(allow_non_fake_inputs=True):
+
+        def here(left):  # in another thread, where tensors have content
+            return pool.submit(fill, left, how, (3, 1), AtOnce(), 1).result()
+
+        batch, _ = OnGpu(decoder, AtOnce(), here, some, (3, 1)).wait()
+    images = batch["image"]
+    assert (images.device.type, images.dtype, images.shape) == ("cuda", torch.uint8, (len(some), 3, 24, 24))
+    assert images.is_contiguous(memory_format=torch.channels_last) and batch["label"].device.type == "cpu"
+    assert cuda[:4] == ["new stream", "begin", "record", "end"] and cuda[-2:] == ["training waits", "in use"]
+
+
+def test_streams_are_used_again(cuda):
+    decoder = GpuDecoder(pixels(), torch.device("cuda:0"))
+    for _ in range(12):
+        with decoder._stream(), decoder._stream():
+            pass
+    assert cuda.count("new stream") == 2
 
 
 def test_what_hinders_is_told(monkeypatch):
@@ -132,8 +265,11 @@ def test_what_hinders_is_told(monkeypatch):
     assert hindrance(pixels(), cuda) == ""
     assert hindrance(pixels(), CPU) == "this process trains on the CPU"
     assert "data.size_px" in hindrance(pixels(size_px=None), cuda)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "pip install 'scalecv[gpu]'" in hindrance(pixels(), cuda)
+    assert "data.size_px" in hindrance(replace(pixels(), mask_values=(0, 1)), cuda)
+    monkeypatch.setattr(gpu, "version", lambda name: "0.16.1")
+    assert hindrance(pixels(), cuda) == "TorchCodec 0.16.1 is too old (pip install 'scalecv[gpu]')"
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)  # as if it were not installed
+    assert hindrance(pixels(), cuda).startswith("TorchCodec does not load (pip install 'scalecv[gpu]'): ")
 
 
 @pytest.fixture(scope="module")
@@ -187,8 +323,26 @@ def test_pixels_of_the_gpu_make_another_experiment():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_nvjpeg_gives_the_pixels_of_the_cpu_within_the_bound():
-    how = pixels(64, **CROPS, brightness=0.2, noise=0.2, rot90=True, pad_crop_px=2)
-    made, expected, notes = batches(how, rows(), (3, 1), torch.device("cuda"))
-    assert made["image"].device.type == "cuda" and "the GPU decodes JPEGs" in notes[0]
-    assert off(made, expected).mean() < gpu.MOST_OFF
+def test_nvjpeg_gives_the_pixels_of_the_cpu_within_the_bound_also_beside_training():
+    """Many batches while both streams are busy: the same pixels as one after the other, near those of the threads."""
+    how, device = pixels(64, **CROPS, brightness=0.2, rot90=True, pad_crop_px=2), torch.device("cuda")
+    gray = Row("g", "g.jpg", "here", encoded(PIL.Image.new("L", (50, 30), 77), "JPEG"), None, None, "a")
+    slow = Row("p", "p.jpg", "here", encoded(picture(300, 200, seed=5), "JPEG", progressive=True), None, None, "b")
+    some = [*rows(sizes=((600, 440), (320, 900), (400, 400))), gray, slow]
+    expected = {}
+    for epoch in range(30):
+        one = Decoders(how, 2, "gpu", 1, Shared(), gpu=GpuDecoder(how, device))
+        expected[epoch] = one.start(some, (3, epoch)).wait()[0]["image"].clone()
+        torch.cuda.synchronize()
+        assert off({"image": expected[epoch]}, one.here(some, (3, epoch))[0]).mean((1, 2, 3)).max() < gpu.MOST_OFF
+        one.close()
+    busy, one = (
+        torch.randn(4096, 4096, device=device),
+        Decoders(how, 2, "gpu", 1, Shared(), gpu=GpuDecoder(how, device)),
+    )
+    pending = [one.start(some, (3, epoch)) for epoch in range(30)]
+    for epoch, batch in enumerate(pending):
+        busy = (busy @ busy).clamp_(-1, 1)
+        made = batch.wait()[0]["image"]
+        assert torch.equal(made, expected[epoch])
+    one.close()

@@ -7,9 +7,11 @@ import sys
 import pytest
 
 from scalecv import config
+from scalecv.shards.ingest import IngestOptions, ingest
 from scalecv.shards.store import open_dataset
 from scalecv.speed import advice, trial
 from scalecv.speed.parts import Part, Speeds, measure
+from tests.batches.test_collate import rows
 
 RECIPE = """
 name: shapes
@@ -51,13 +53,19 @@ def test_the_change_fits_the_bottleneck(recipe):
     assert list(advice.candidate(bucket, speeds(0.5, "reading"))[0]) == ["cache.dir"]
 
 
-def test_where_there_is_a_gpu_it_may_decode(recipe, monkeypatch):
+def test_where_there_is_a_gpu_it_may_decode(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    experiment = config.load(recipe, {"data.size_px": 32})
-    assert advice.candidate(experiment, speeds(0.5))[0] == {"data.decode": "gpu"}
-    for other in ({"data.decode": "gpu"}, {"scale.gpu": "no"}):
-        experiment = config.load(recipe, {"data.size_px": 32, **other})
-        assert list(advice.candidate(experiment, speeds(0.5))[0]) == ["data.decode_threads"]
+    photographs = {"data.uri": str(tmp_path / "data"), "data.size_px": 24}
+    for row in rows(("JPEG",)):
+        path = tmp_path / "source" / str(row.label) / f"{row.id}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(row.image)
+    source = str(tmp_path / "source")
+    ingest(IngestOptions(source=source, to=photographs["data.uri"], layout="imagefolder", concurrency=0))
+    assert advice.candidate(config.load(recipe, photographs), speeds(0.5))[0] == {"data.decode": "gpu"}
+    others = [{**photographs, **key} for key in ({"data.decode": "gpu"}, {"scale.gpu": "no"}, {"data.color": "gray"})]
+    for keys in (*others, {"data.size_px": 24}):  # the last ones are PNGs
+        assert list(advice.candidate(config.load(recipe, keys), speeds(0.5))[0]) == ["data.decode_threads"], keys
 
 
 def test_what_did_not_help_is_not_proposed():

@@ -204,6 +204,7 @@ def test_what_cannot_be_reproduced_is_refused(shapes):
     first = train(shapes(train__epochs=1))
     for words, said in (
         ({"to": "shapes"}, "is the recorded run's own name"),
+        ({"overrides": {"data.decode": "gpu"}}, r"data.decode=auto is a part of what is reproduced: the GPU's pixels"),
         ({"overrides": {"train.lr": 1.0}}, r"train.lr is a part of what is reproduced.*scalecv train runs:/"),
         ({"overrides": {"scale.workers": 3}}, r"train.batch=16 cannot be shared"),
     ):

@@ -344,6 +344,7 @@ def test_nan_stops_before_the_update(shapes):
         ({"loss__bce": 1.0}, ConfigError, ["bce"]),
         ({"train__exact": True}, ConfigError, ["model.norm=batch", "group or frozen"]),
         ({"train__exact": True, "model__norm": "group", "train__batch": 18}, ConfigError, ["train.batch=18"]),
+        ({"train__exact": True, "model__norm": "group", "data__decode": "gpu"}, ConfigError, ["data.decode=gpu"]),
         ({"track__uri": "http://me:secret@127.0.0.1:1"}, ConfigError, ["MLFLOW_TRACKING_USERNAME"]),
         ({"track__storage": "/proc/nowhere"}, UserError, ["/proc/nowhere"]),
         ({"track__uri": "redis://x"}, UserError, ["redis"]),

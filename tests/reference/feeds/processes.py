@@ -62,7 +62,10 @@ def end_below(root: int) -> None:
 
 
 class Peak:
-    """The largest memory of a tree, looked at each `every_s` while the `with` block lasts, 5 % of it at most."""
+    """The largest memory of a tree, looked at each `every_s` from `begin` to the end of a `with`, 5 % of it at most.
+
+    A process whose memory is looked at waits for each new page: it is not to be its first batch that waits.
+    """
 
     def __init__(self, root: int) -> None:
         self.mb, self.every_s = 0.0, 0.25
@@ -70,12 +73,17 @@ class Peak:
         self._thread = threading.Thread(target=self._look, daemon=True)
 
     def __enter__(self) -> "Peak":
-        self._thread.start()
         return self
+
+    def begin(self) -> None:
+        """Begin to look; a further call does nothing."""
+        if not self._thread.ident:
+            self._thread.start()
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        self._thread.join()
+        if self._thread.ident:
+            self._thread.join()
 
     def _look(self) -> None:
         cost_s = 0.0

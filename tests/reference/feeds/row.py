@@ -20,6 +20,9 @@ import numpy as np
 from tests.reference.feeds import processes
 from tests.reference.feeds.work import SIDE, Epochs, Work, work_of
 
+FIRST = '{"first": true}'
+"""Printed at the first batch of an epoch: memory is looked at from then on."""
+
 
 def take(epochs: Epochs, work: Work, number: int, rate: float | None) -> dict[str, Any]:
     """Consume one epoch.
@@ -30,7 +33,9 @@ def take(epochs: Epochs, work: Work, number: int, rate: float | None) -> dict[st
     first_s, computing_s = 0.0, 0.0
     began_cpu_s, began = processes.cpu_s(os.getpid()), time.perf_counter()
     for pixels, numbers in epochs(number):
-        first_s = first_s or time.perf_counter() - began
+        if not first_s:
+            first_s = time.perf_counter() - began
+            print(FIRST, flush=True)
         count = len(numbers)
         if tuple(pixels.shape) not in {(count, SIDE, SIDE, 3), (count, 3, SIDE, SIDE)} or "uint8" not in str(
             pixels.dtype

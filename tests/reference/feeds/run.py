@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.reference.feeds.processes import Peak, end_below
+from tests.reference.feeds.row import FIRST
 from tests.reference.feeds.work import Store, Work
 
 ROOT = Path(__file__).parents[3]
@@ -20,7 +21,10 @@ BUSY_EVERY_S = 1.0
 
 
 def run(name: str, work: Work, rate: float | None = None) -> dict[str, Any]:
-    """{"epochs": what row.py told, "peak_mb": largest PSS of the tree}; {"error": its last words} if it failed."""
+    """{"epochs": what row.py told, "peak_mb": largest PSS of the tree from the first batch on}.
+
+    {"error": its last words} if it failed.
+    """
     command = [sys.executable, "-m", "tests.reference.feeds.row", name, json.dumps(work.as_dict() | {"rate": rate})]
     epochs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="feeds-") as folder, tempfile.TemporaryFile("w+") as log:
@@ -30,6 +34,8 @@ def run(name: str, work: Work, rate: float | None = None) -> dict[str, Any]:
         try:
             with Peak(child.pid) as peak:
                 for line in child.stdout:
+                    if line.startswith(FIRST):
+                        peak.begin()
                     if line.startswith('{"epoch"'):
                         epochs.append(json.loads(line))
                         peak.every_s = BUSY_EVERY_S
