@@ -48,7 +48,7 @@ def update(
 
     def gradients() -> tuple[torch.Tensor, nonfinite.Terms]:
         terms: nonfinite.Terms = []
-        torch.manual_seed(seed(setup, state.epoch, state.step, setup.rank))
+        _draw_from(setup, seed(setup, state.epoch, state.step, setup.rank))
         if train.exact:
             return _exact_gradients(setup, state, batch, counted, terms), terms
         return _backward(setup, state, batch, slice(0, len(raw["id"])), setup.ranks / counted, terms), terms
@@ -86,11 +86,22 @@ def seed(setup: "Setup", epoch: int, step: int, part: int) -> int:
     return int.from_bytes(hashlib.sha256(key).digest()[:8], "little") >> 1
 
 
+def _draw_from(setup: "Setup", number: int) -> None:
+    """Set what the network's random numbers begin with, on the devices that it uses.
+
+    On a CPU alone: `torch.manual_seed` writes down the stack for a GPU that may come later, which takes 0.4 ms.
+    """
+    if setup.device.type == "cpu":
+        torch.default_generator.manual_seed(number)
+    else:
+        torch.manual_seed(number)
+
+
 def _exact_gradients(
     setup: "Setup", state: "State", batch: dict[str, Any], counted: int, terms: nonfinite.Terms
 ) -> torch.Tensor:
     def backward(part: slice, shard: int) -> torch.Tensor:
-        torch.manual_seed(seed(setup, state.epoch, state.step, shard))
+        _draw_from(setup, seed(setup, state.epoch, state.step, shard))
         return _backward(setup, state, batch, part, 1 / counted, terms)
 
     return exact.gradients(state.model, len(batch["valid"]), setup.rank, setup.ranks, backward)
