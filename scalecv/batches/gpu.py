@@ -134,7 +134,11 @@ class GpuDecoder:
                 self._is_compared = True
         with torch.no_grad(), self._stream() as event:
             images = self._images(len(rows))
-            failed = self._make(jobs, images)
+            try:
+                failed = self._make(jobs, images)
+            except torch.OutOfMemoryError as error:  # the network's memory comes first
+                failed = [*jobs]
+                self._leave(rows[failed[0]], error)
             took = time.perf_counter() - began
             parts = [others] if others else []
             if failed:

@@ -132,6 +132,21 @@ def test_memory_that_lacks_once_is_asked_for_again(monkeypatch):
     assert decoder.job(some[0], None) is not None
 
 
+def test_where_the_network_has_taken_the_memory_the_threads_decode(monkeypatch):
+    def scarce(*args, **how):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    how, some = pixels(**CROPS), rows(("JPEG",))
+    decoders = Decoders(how, 2, "gpu", 1, Shared(), gpu=GpuDecoder(how, CPU))
+    first, _ = decoders.start(some, (3, 1)).wait()
+    monkeypatch.setattr(gpu.functional, "interpolate", scarce)
+    later, _ = decoders.start(some, (3, 1)).wait()
+    expected, _ = decoders.here(some, (3, 1))
+    decoders.close()
+    assert torch.equal(later["image"], expected["image"]) and off(first, expected).max() <= 1
+    assert "0.x or more are not decoded there (OutOfMemoryError: CUDA out of memory." in decoders.notes[1]
+
+
 def test_pictures_are_decoded_in_parts_of_bounded_size(monkeypatch):
     real, sizes = torchcodec.decoders.decode_jpeg, []
 
