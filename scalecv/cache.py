@@ -25,10 +25,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from scalecv.config import Cache
+if TYPE_CHECKING:
+    from scalecv.config import Cache
 
 FOLDER = "scalecv-cache"
 PART, SLOTS = ".part", ".slots"
@@ -67,7 +69,7 @@ class NodeCache:
         return Path(self.dir, FOLDER)
 
     @classmethod
-    def of(cls, cache: Cache) -> "NodeCache":
+    def of(cls, cache: "Cache") -> "NodeCache":
         """The one that an experiment names, or else that of this user."""
         return cls(os.path.abspath(os.path.expanduser(cache.dir or user_folder())), int(cache.max_gb * 1e9))
 

@@ -10,15 +10,17 @@ import json
 import mmap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from scalecv.shards import jpeg_sums
 from scalecv.shards.child import Child, Died, allow, reply, serving
 from scalecv.shards.decode import REASONS, BadImage, Reason
 from scalecv.shards.examine import Facts, examine
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 TIMEOUT_S = 60.0
 SPARE_S = 30.0
@@ -148,6 +150,8 @@ class _Bad(TypedDict):
 
 @cache
 def _answers() -> "TypeAdapter[list[Facts | _Bad]]":
+    from pydantic import TypeAdapter  # which the child does without
+
     return TypeAdapter(list[Facts | _Bad])
 
 

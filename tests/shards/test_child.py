@@ -1,6 +1,8 @@
 """The process that decodes, as one that a hostile image has taken over would behave."""
 
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -174,3 +176,12 @@ def test_samples_come_by_shared_memory_or_by_pipe(monkeypatch, refusal):
     by_pipe.close()
     assert len(os.listdir("/proc/self/fd")) == handles
     assert np.isfinite(found[0]["mean"]).all()
+
+
+@pytest.mark.parametrize("module", ["examiner", "scene"])
+def test_the_process_that_decodes_imports_no_more_than_it_needs(module):
+    """It starts with each ingest, and whatever it imports lies beside what strangers sent."""
+    needless = "{'pydantic', 'torch', 'ray', 'obstore', 'scalecv.config'}"
+    asked = f"import sys, scalecv.shards.{module}; print(*{needless} & {{*sys.modules}})"
+    done = subprocess.run([sys.executable, "-P", "-c", asked], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
