@@ -4,7 +4,9 @@ nvJPEG's pixels are not libjpeg-turbo's, so nothing chooses this by itself, and 
 made in both ways. Draws, crops and order are those of the threads, which decode what the GPU does not.
 """
 
+import collections
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,9 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch.nn import functional
 
@@ -25,32 +26,28 @@ from scalecv.batches.collate import (
     Row,
     augmented,
     box_and_flips,
-    fill,
     is_plain,
     labels_of,
     rest_of,
 )
+from scalecv.batches.gpu_likeness import Job, likeness
 from scalecv.batches.pixels import Pixels
 from scalecv.batches.radiometry import in_dtype
 from scalecv.config import Augment
-from scalecv.errors import ConfigError
 from scalecv.jpeg import turbo
 from scalecv.schema import Batch
 
-MOST_OFF = 10.0
-"""Levels of 255 that a picture may be off on average. nvJPEG enlarges colours by the nearest pixel where libjpeg-turbo
-interpolates: 4 levels on average in flat colours of 64 px with 4:2:0, and none with 4:4:4. Colours in another order, or
-another picture, are off by tens."""
 COMPARED = 8
 """Pictures that are made in both ways."""
 THREADS = 2
 """One prepares the next pictures while another waits for the GPU."""
 CHUNK_BYTES = 256 << 20
-"""Of decoded pictures, at a time in each thread."""
+"""Of decoded pictures and what is made of them, at a time in each thread."""
+_NO_MEMORY = re.compile(r"failed: 5\b|Failed to (create|initialize) nvjpeg")
 MOST_SHRUNK = 90
 """Times that a side may shrink: for more, CUDA's antialiased resize has not the memory that a block shares."""
 _HEAD_BYTES = 1 << 16
-_MOST_SAID = 3
+_MOST_SAID, _TRIES = 3, 2
 LEAST_VERSION = (0, 17)
 """Of TorchCodec: 0.16 wrote into memory that kernels still read (meta-pytorch/torchcodec, pull request 1634)."""
 
@@ -72,16 +69,6 @@ def hindrance(how: Pixels, device: torch.device) -> str:
     return ""
 
 
-class Job(NamedTuple):
-    """A picture that the GPU makes."""
-
-    row: Row
-    header: turbo.Header
-    box: transforms.Box
-    flips: int
-    chances: np.ndarray | None
-
-
 class GpuDecoder:
     """Decodes on one device, for all epochs of a feed."""
 
@@ -91,14 +78,14 @@ class GpuDecoder:
         self.how, self.device = how, device
         self._streams: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._is_compared = self._is_given_up = False
-        self._left, self._said = set[str](), set[str]()
-        """Ids of rows that nvJPEG did not decode, and what it said."""
+        self._is_compared = self._is_given_up = self._lacked = False
+        self._failures, self._said = collections.Counter[str](), set[str]()
+        """Id of a row -> how often nvJPEG did not decode it; and what it said."""
         self._notes = threading.Lock()
 
     def job(self, row: Row, seeds: tuple[int, int] | None) -> Job | None:
         """What the GPU makes of a row; None for one that threads decode. `seeds`: as for `collate.fill`."""
-        if self._is_given_up or row.id in self._left or row.mask is not None or row.nodata is not None:
+        if self._is_given_up or self._failures[row.id] >= _TRIES or row.mask is not None or row.nodata is not None:
             return None
         known = turbo.header(row.image)
         if known is None or known.channels != 3 or not _says_colours(row.image):
@@ -123,22 +110,35 @@ class GpuDecoder:
             seeds: as for `collate.fill`.
             others: places that threads fill already, and what they fill.
             here: begins further rows by these threads.
-        Returns: uint8 [B, 3, size_px, size_px] on the device, channels_last; the event that the GPU passes once they
-            are there (None on a CPU); seconds of threads.
+        Returns: uint8 [B, 3, size_px, size_px], channels_last, on the device, or in the host's memory where the device
+            has none; the event that the GPU passes once they are there (None without); seconds of threads.
         Raises: ConfigError: what the GPU makes are other pictures.
         """
         began = time.perf_counter()
-        with self._lock:  # no batch is given out before
-            if jobs and not self._is_compared:
-                self._compare([*jobs.values()][:COMPARED], seeds)
-                self._is_compared = True
+        try:
+            with self._lock:  # no batch is given out before
+                if jobs and not self._is_compared:
+                    self._is_compared = self._compare([*jobs.values()][:COMPARED], seeds)
+            if not jobs or (self._is_compared and not self._is_given_up):
+                return self._on_device(rows, jobs, others, here, began)
+        except RuntimeError as error:
+            if not _lacks_memory(error):
+                raise
+            self._say(rows[0], error)  # the network's memory comes first
+        some, took = here(rows).wait()
+        return some["image"], None, took + time.perf_counter() - began
+
+    def _on_device(
+        self,
+        rows: list[Row],
+        jobs: dict[int, Job],
+        others: tuple[list[int], Filling] | None,
+        here: Callable[[list[Row]], Filling],
+        began: float,
+    ) -> tuple[torch.Tensor, Any, float]:
         with torch.no_grad(), self._stream() as event:
             images = self._images(len(rows))
-            try:
-                failed = self._make(jobs, images)
-            except torch.OutOfMemoryError as error:  # the network's memory comes first
-                failed = [*jobs]
-                self._leave(rows[failed[0]], error)
+            failed = self._make(jobs, images)
             took = time.perf_counter() - began
             parts = [others] if others else []
             if failed:
@@ -153,14 +153,13 @@ class GpuDecoder:
         return images, event, took
 
     def _images(self, count: int) -> torch.Tensor:
-        side = self.how.size_px or 0
-        images = torch.zeros((count, 3, side, side), dtype=torch.uint8, device=self.device)
-        return images.contiguous(memory_format=torch.channels_last)
+        shape = (count, 3, self.how.size_px or 0, self.how.size_px or 0)
+        return torch.empty(shape, dtype=torch.uint8, device=self.device, memory_format=torch.channels_last)
 
     def _make(self, jobs: dict[int, Job], images: torch.Tensor) -> list[int]:
         """Put pictures into their places; the places of which nothing was decoded."""
         failed: list[int] = []
-        for some in _chunks(jobs):
+        for some in _chunks(jobs, self.how.size_px or 0):
             failed += self._put(jobs, dict(zip(some, self._decoded([jobs[at] for at in some]), strict=True)), images)
         return failed
 
@@ -192,35 +191,28 @@ class GpuDecoder:
     def _index(self, places: Sequence[int]) -> torch.Tensor:
         return torch.tensor(places, dtype=torch.int64, device=self.device)
 
-    def _compare(self, jobs: Sequence[Job], seeds: tuple[int, int] | None) -> None:
-        """Make some pictures here, too: their crops, without what else is changed."""
+    def _compare(self, jobs: Sequence[Job], seeds: tuple[int, int] | None) -> bool:
+        """Make some pictures here, too: their crops, without what else is changed.
+
+        Returns: whether something could be compared, or the GPU is known to decode nothing.
+        Raises: ConfigError: the pictures are others. RuntimeError: memory lacks.
+        """
         crops = Augment(**{name: getattr(self.how.augment, name) for name in ("resized_crop", "hflip", "vflip")})
         plain = GpuDecoder(replace(self.how, augment=crops), self.device)
         with torch.no_grad(), self._stream():
             images = plain._images(len(jobs))
             failed = plain._make(dict(enumerate(jobs)), images)
-            there = images.cpu().float()
-        good = [at for at in range(len(jobs)) if at not in failed]
+            good = [at for at in range(len(jobs)) if at not in failed]
+            there = images[plain._index(good)].cpu().float()
         if not good:
-            self._is_given_up = True
-            why = "; ".join(sorted(plain._said))[:300]
-            self.tell(f"data.decode=gpu: it decoded none of {len(jobs)} pictures ({why}): threads decode")
-            return
-        rows = [job.row for job in jobs]
-        with ThreadPoolExecutor(1) as pool:
-            off = (there - fill(rows, plain.how, seeds, pool, 1).wait()[0]["image"].float()).abs()
-        means = off.mean((1, 2, 3)).tolist()
-        for at in good:
-            if means[at] > MOST_OFF:
-                raise ConfigError(
-                    f"data.decode=gpu: {rows[at].where}, {rows[at].path}: the GPU's pixels are off those of the CPU by "
-                    f"{means[at]:.1f} of 255 on average, at most {MOST_OFF:g} is taken for the same picture: set "
-                    "data.decode=trainer, and try another driver or release of TorchCodec"
-                )
-        self.tell(
-            f"data.decode=gpu: the GPU decodes JPEGs; {len(good)} crops are off those of the CPU by "
-            f"{sum(means[at] for at in good) / len(good):.2f} of 255 on average, {float(off[good].max()):.0f} at most"
-        )
+            if len(jobs) == COMPARED and not plain._lacked:
+                self._is_given_up = True
+                why = "; ".join(sorted(plain._said))[:300]
+                self.tell(f"data.decode=gpu: it decoded none of {len(jobs)} pictures ({why}): threads decode")
+            self._failures += plain._failures
+            return self._is_given_up
+        self.tell(likeness(there, [jobs[at] for at in good], plain.how, seeds))
+        return True
 
     @contextmanager
     def _stream(self) -> Iterator[Any]:
@@ -246,7 +238,9 @@ class GpuDecoder:
         from torchcodec.decoders import decode_jpeg
 
         try:
-            found = decode_jpeg([job.row.image for job in jobs], mode="RGB", device=self.device)
+            # No bytes: for these TorchCodec switches warnings of the process off and on, in several threads at a time.
+            files = [torch.frombuffer(bytearray(job.row.image), dtype=torch.uint8) for job in jobs]
+            found = decode_jpeg(files, mode="RGB", device=self.device)
         except RuntimeError as error:  # of a list nothing comes back where one of it fails
             if len(jobs) > 1:
                 middle = len(jobs) // 2
@@ -262,22 +256,33 @@ class GpuDecoder:
         return pictures
 
     def _leave(self, row: Row, error: Exception) -> None:
-        said, is_memory = _first_line(error), isinstance(error, torch.OutOfMemoryError)
+        if _lacks_memory(error):  # which may be there another time
+            self._lacked = True
+        else:
+            self._failures[row.id] += 1
+        self._say(row, error)
+
+    def _say(self, row: Row, error: Exception) -> None:
+        said = _first_line(error)
         with self._notes:
-            if not is_memory:  # which may be there another time
-                self._left.add(row.id)
             is_new = said not in self._said and len(self._said) < _MOST_SAID
             self._said.add(said)
         if is_new:
             self.tell(f"data.decode=gpu: {row.path} or more are not decoded there ({said}): threads do")
 
 
-def _chunks(jobs: dict[int, Job]) -> Iterator[list[int]]:
-    """Places whose pictures are decoded at a time."""
+def _lacks_memory(error: Exception) -> bool:
+    """Whether the device's memory did not suffice: TorchCodec says so in words, nvJPEG by a number."""
+    said = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in said or bool(_NO_MEMORY.search(said))
+
+
+def _chunks(jobs: dict[int, Job], side: int) -> Iterator[list[int]]:
+    """Places whose pictures are decoded at a time; beside each lies what is made of it, in float32 and in bytes."""
     some: list[int] = []
     size = 0
     for at, job in jobs.items():
-        more = 3 * job.header.height * job.header.width
+        more = 3 * job.header.height * job.header.width + 15 * side * side
         if some and size + more > CHUNK_BYTES:
             yield some
             some, size = [], 0

@@ -101,7 +101,8 @@ def measure(experiment: Experiment, seconds: float = 5.0, tell: Callable[[str], 
     trained = trial.run(experiment, dataset, seconds)
     busy = sum(took for part, took in trained.seconds.items() if part != "wait")
     network = experiment.train.batch / max(busy, 1e-9)
-    slowest = min((read, "reading"), (decode, "decoding"), (network, "the network"))
+    by_cpu = [(decode, "decoding")] if experiment.data.decode != "gpu" else []
+    slowest = min((read, "reading"), *by_cpu, (network, "the network"))
     many = f"{threads} thread{'s' if threads > 1 else ''}"
     return Speeds(
         parts=(

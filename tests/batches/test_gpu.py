@@ -6,6 +6,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import PIL.Image
 import pytest
 import torch
@@ -18,6 +19,7 @@ from scalecv.batches.collate import Row, fill
 from scalecv.batches.decoders import Decoders, Shared
 from scalecv.batches.feed import Feed
 from scalecv.batches.gpu import GpuDecoder, OnGpu, hindrance
+from scalecv.batches.gpu_likeness import MOST_OFF
 from scalecv.batches.pixels import pixels_of
 from scalecv.config import Augment, Data, build
 from scalecv.errors import ConfigError
@@ -34,7 +36,8 @@ CROPS = {"resized_crop": (0.2, 1.0), "hflip": 0.5, "vflip": 0.5}
 
 def batches(how, some, seeds, device=CPU):
     """The batch by the GPU's way, that by the threads, and what was said."""
-    decoders = Decoders(how, 2, "gpu", 1, Shared(), gpu=GpuDecoder(how, device))
+    batches.decoder = GpuDecoder(how, device)
+    decoders = Decoders(how, 2, "gpu", 1, Shared(), gpu=batches.decoder)
     threads = Decoders(how, 2, "trainer", 1, Shared())
     try:
         first, _ = decoders.start(some, seeds).wait()
@@ -45,6 +48,10 @@ def batches(how, some, seeds, device=CPU):
         threads.close()
     assert torch.equal(first["image"], again["image"]) and took > 0
     return again, expected, decoders.notes
+
+
+def contents(files):
+    return [file.numpy().tobytes() for file in files]
 
 
 def off(one, other):
@@ -84,8 +91,8 @@ def test_what_the_gpu_does_not_decode_the_threads_do(monkeypatch):
     real, asked = torchcodec.decoders.decode_jpeg, []
 
     def picky(files, **how):
-        asked.append([*files])
-        if some[4].image in files or some[7].image in files:
+        asked.append(contents(files))
+        if some[4].image in asked[-1] or some[7].image in asked[-1]:
             raise RuntimeError("nvjpegDecodeBatched failed: 2")
         return real(files, **how)
 
@@ -94,7 +101,8 @@ def test_what_the_gpu_does_not_decode_the_threads_do(monkeypatch):
     assert off(made, expected).max() <= 1 and torch.equal(off(made, expected)[4], torch.zeros(3, 24, 24))
     why = "RuntimeError: nvjpegDecodeBatched failed: 2"
     assert notes[1:] == [f"data.decode=gpu: 4.x or more are not decoded there ({why}): threads do"]
-    assert asked.count([some[4].image]) == 2  # for the comparison and the first batch, and then no more
+    assert asked.count([some[4].image]) == 3  # for the comparison, the first batch and the second, and then no more
+    assert batches.decoder.job(some[4], None) is None and batches.decoder.job(some[5], None) is not None
 
 
 def test_a_gpu_that_decodes_nothing_leaves_all_to_the_threads(monkeypatch):
@@ -105,46 +113,94 @@ def test_a_gpu_that_decodes_nothing_leaves_all_to_the_threads(monkeypatch):
         raise RuntimeError("not compiled with nvJPEG support\nfurther lines")
 
     monkeypatch.setattr(torchcodec.decoders, "decode_jpeg", none)
-    made, expected, notes = batches(pixels(**CROPS), rows(), (3, 1))
-    assert torch.equal(made["image"], expected["image"])
-    decoder, some = GpuDecoder(pixels(), CPU), rows(("JPEG",))
+    made, expected, notes = batches(pixels(**CROPS), rows(("JPEG",)), (3, 1))
+    assert torch.equal(made["image"], expected["image"]) and batches.decoder.job(rows()[0], None) is None
+    why = "RuntimeError: not compiled with nvJPEG support"
+    assert notes == [f"data.decode=gpu: it decoded none of 8 pictures ({why}): threads decode"]
+    assert max(asked) == 8 and len(asked) == 15  # the comparison alone, which halves its way to each picture
+
+
+def test_few_pictures_that_fail_do_not_switch_the_gpu_off(monkeypatch):
+    def none(files, **how):
+        raise RuntimeError("nvjpegDecodeBatched failed: 2")
+
+    some = rows(("JPEG",))
+    decoder = GpuDecoder(pixels(), CPU)
+    monkeypatch.setattr(torchcodec.decoders, "decode_jpeg", none)
     with ThreadPoolExecutor(1) as pool:
         OnGpu(decoder, pool, lambda left: fill(left, pixels(), None, AtOnce(), 1), some[:2], None).wait()
-    assert decoder.job(some[5], None) is None
-    why = "RuntimeError: not compiled with nvJPEG support"
-    assert notes[0] == f"data.decode=gpu: it decoded none of 6 pictures ({why}): threads decode"
-    assert asked.count(6) == 2  # the comparison and the batch that was on its way: then no more
+    assert decoder.job(some[0], None) is not None and not decoder._is_given_up
 
 
-def test_memory_that_lacks_once_is_asked_for_again(monkeypatch):
-    real, is_full = torchcodec.decoders.decode_jpeg, [False, True, True]
+@pytest.mark.parametrize(
+    "why", ["CUDA out of memory. Tried to allocate 2.00 GiB (originally from aten::empty)", "nvjpegDecode failed: 5"]
+)
+def test_memory_that_lacks_is_asked_for_again(monkeypatch, why):
+    real, is_full = torchcodec.decoders.decode_jpeg, [False, True, True, True]
 
     def scarce(files, **how):
         if len(files) == 1 and is_full.pop():
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            raise RuntimeError(why)
         return real(files, **how)
 
     decoder, some = GpuDecoder(pixels(), CPU), rows(("JPEG",))[:1]
     jobs = {0: decoder.job(some[0], None)}
     images = decoder._images(1)
     monkeypatch.setattr(torchcodec.decoders, "decode_jpeg", scarce)
-    assert [decoder._make(jobs, images) for _ in range(3)] == [[0], [0], []] and images.any()
+    assert [decoder._make(jobs, images) for _ in range(4)] == [[0], [0], [0], []] and images.any()
     assert decoder.job(some[0], None) is not None
 
 
-def test_where_the_network_has_taken_the_memory_the_threads_decode(monkeypatch):
+@pytest.mark.parametrize(
+    "place", [lambda _: (gpu.functional, "interpolate"), lambda decoder: (decoder, "_images")], ids=["resize", "batch"]
+)
+def test_where_the_network_has_taken_the_memory_the_threads_decode(monkeypatch, place):
     def scarce(*args, **how):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     how, some = pixels(**CROPS), rows(("JPEG",))
     decoders = Decoders(how, 2, "gpu", 1, Shared(), gpu=GpuDecoder(how, CPU))
     first, _ = decoders.start(some, (3, 1)).wait()
-    monkeypatch.setattr(gpu.functional, "interpolate", scarce)
+    monkeypatch.setattr(*place(decoders._gpu), scarce)
     later, _ = decoders.start(some, (3, 1)).wait()
     expected, _ = decoders.here(some, (3, 1))
     decoders.close()
     assert torch.equal(later["image"], expected["image"]) and off(first, expected).max() <= 1
     assert "0.x or more are not decoded there (OutOfMemoryError: CUDA out of memory." in decoders.notes[1]
+
+
+def test_where_memory_lacks_at_first_the_comparison_comes_later(monkeypatch):
+    how, some, real = pixels(**CROPS), rows(("JPEG",)), gpu.functional.interpolate
+    is_full = [True]
+
+    def scarce(*args, **more):
+        if is_full and is_full.pop():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(*args, **more)
+
+    monkeypatch.setattr(gpu.functional, "interpolate", scarce)
+    decoders = Decoders(how, 2, "gpu", 1, Shared(), gpu=GpuDecoder(how, CPU))
+    first, later = (decoders.start(some, (3, 1)).wait()[0] for _ in range(2))
+    expected, _ = decoders.here(some, (3, 1))
+    decoders.close()
+    assert torch.equal(first["image"], expected["image"]) and not torch.equal(later["image"], expected["image"])
+    assert off(later, expected).max() <= 1 and "the GPU decodes JPEGs" in decoders.notes[1]
+
+
+def test_drawings_of_hard_colours_are_taken_for_what_they_are(monkeypatch):
+    """nvJPEG enlarges colours by the nearest pixel, as libjpeg-turbo does when it is told to."""
+    y, x = np.mgrid[:64, :64]
+    checks = np.where(((x // 2 + y // 2) % 2 == 0)[..., None], (255, 0, 0), (0, 0, 255)).astype(np.uint8)
+    data = encoded(PIL.Image.fromarray(checks), "JPEG", quality=95)
+    some = [row._replace(image=data) for row in rows(("JPEG",))[:8]]
+
+    def nearest(files, **_):
+        each = [turbo.decode(file, turbo.header(file), is_exact=False) for file in contents(files)]
+        return [torch.from_numpy(pixels.copy()).permute(2, 0, 1) for pixels in each]
+
+    monkeypatch.setattr(torchcodec.decoders, "decode_jpeg", nearest)
+    made, expected, notes = batches(pixels(64), some, None)
+    assert off(made, expected).mean() > 10 and "8 crops are off those of the CPU by" in notes[0]
 
 
 def test_pictures_are_decoded_in_parts_of_bounded_size(monkeypatch):
@@ -156,7 +212,7 @@ def test_pictures_are_decoded_in_parts_of_bounded_size(monkeypatch):
         return found
 
     monkeypatch.setattr(torchcodec.decoders, "decode_jpeg", counted)
-    monkeypatch.setattr(gpu, "CHUNK_BYTES", 3 * 60 * 44 * 2)
+    monkeypatch.setattr(gpu, "CHUNK_BYTES", 2 * (3 * 60 * 44 + 15 * 24 * 24))
     made, expected, _ = batches(pixels(**CROPS), rows(("JPEG",)), (3, 1))
     assert off(made, expected).max() <= 1 and max(sizes) <= 3 * 60 * 44 * 2 and len(sizes) > 12
 
@@ -243,16 +299,14 @@ def test_all_that_is_made_stays_on_the_device_and_training_waits_for_it(cuda, mo
         pixels(**CROPS, rot90=True, pad_crop_px=2, noise=0.5, blur_px=2.0, band_offset=0.2, contrast=0.2),
         rows(),
     )
-    bad = some[2].image
-
-    def decode(files, device, **_):
-        if bad in files:
-            raise RuntimeError("nvjpegDecodeBatched failed: 2")
-        sizes = [(header.height, header.width) for header in map(turbo.header, files)]
-        return [torch.empty(3, *size, dtype=torch.uint8, device=device) for size in sizes]
-
-    monkeypatch.setattr(torchcodec.decoders, "decode_jpeg", decode)
     decoder = GpuDecoder(how, torch.device("cuda:0"))
+
+    def decoded(jobs):
+        sizes = [(3, job.header.height, job.header.width) for job in jobs]
+        found = [torch.empty(size, dtype=torch.uint8, device="cuda:0") for size in sizes]
+        return [None if job.row.id == "2" else picture for job, picture in zip(jobs, found, strict=True)]
+
+    monkeypatch.setattr(decoder, "_decoded", decoded)
     monkeypatch.setattr(decoder, "_is_compared", True)  # there is nothing to compare
 
     with ThreadPoolExecutor(1) as pool, FakeTensorMode(allow_non_fake_inputs=True):
@@ -349,7 +403,7 @@ def test_nvjpeg_gives_the_pixels_of_the_cpu_within_the_bound_also_beside_trainin
         one = Decoders(how, 2, "gpu", 1, Shared(), gpu=GpuDecoder(how, device))
         expected[epoch] = one.start(some, (3, epoch)).wait()[0]["image"].clone()
         torch.cuda.synchronize()
-        assert off({"image": expected[epoch]}, one.here(some, (3, epoch))[0]).mean((1, 2, 3)).max() < gpu.MOST_OFF
+        assert off({"image": expected[epoch]}, one.here(some, (3, epoch))[0]).mean((1, 2, 3)).max() < MOST_OFF
         one.close()
     busy, one = (
         torch.randn(4096, 4096, device=device),
