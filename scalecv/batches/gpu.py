@@ -64,7 +64,7 @@ def hindrance(how: Pixels, device: torch.device) -> str:
         found = version("torchcodec")
     except (ImportError, OSError, RuntimeError) as error:
         return f"TorchCodec does not load (pip install 'scalecv[gpu]'): {_first_line(error)}"
-    if tuple(map(int, found.split(".")[:2])) < LEAST_VERSION:
+    if tuple(map(int, re.findall(r"\d+", found)[:2])) < LEAST_VERSION:
         return f"TorchCodec {found} is too old (pip install 'scalecv[gpu]')"
     return ""
 
@@ -234,7 +234,7 @@ class GpuDecoder:
             self._streams.put(stream)
 
     def _decoded(self, jobs: Sequence[Job]) -> list[torch.Tensor | None]:
-        """Pictures, uint8 [3, H, W]; None for what the GPU does not decode, which is told and not tried again."""
+        """Pictures, uint8 [3, H, W]; None for what the GPU does not decode, which is told and tried twice."""
         from torchcodec.decoders import decode_jpeg
 
         try:
@@ -294,11 +294,10 @@ def _chunks(jobs: dict[int, Job], side: int) -> Iterator[list[int]]:
 
 def _says_colours(data: bytes) -> bool:
     """Whether a JPEG of three channels says that they are brightness and two colours, and not red, green and blue."""
-    head = data[:_HEAD_BYTES]
-    adobe = head.find(b"Adobe\0")
+    adobe = data.find(b"Adobe\0", 0, _HEAD_BYTES)
     if adobe >= 0:
-        return head[adobe + 11 : adobe + 12] == b"\x01"
-    return b"JFIF\0" in head or b"Exif\0" in head
+        return data[adobe + 11 : adobe + 12] == b"\x01"
+    return any(data.find(mark, 0, _HEAD_BYTES) >= 0 for mark in (b"JFIF\0", b"Exif\0"))
 
 
 def _first_line(error: BaseException) -> str:
@@ -331,7 +330,7 @@ class OnGpu:
         self._made = pool.submit(gpu.batch, rows, jobs, seeds, others, here)
 
     def wait(self) -> tuple[Batch, float]:
-        """As `Filling.wait`; the image is on the device."""
+        """As `Filling.wait`; the image is on the device, where that has room."""
         images, event, took = self._made.result()
         if event:
             now = torch.cuda.current_stream(images.device)

@@ -335,6 +335,8 @@ def test_what_hinders_is_told(monkeypatch):
     assert hindrance(pixels(), CPU) == "this process trains on the CPU"
     assert "data.size_px" in hindrance(pixels(size_px=None), cuda)
     assert "data.size_px" in hindrance(replace(pixels(), mask_values=(0, 1)), cuda)
+    monkeypatch.setattr(gpu, "version", lambda name: "1.0rc1+cu132")
+    assert hindrance(pixels(), cuda) == ""
     monkeypatch.setattr(gpu, "version", lambda name: "0.16.1")
     assert hindrance(pixels(), cuda) == "TorchCodec 0.16.1 is too old (pip install 'scalecv[gpu]')"
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)  # as if it were not installed
