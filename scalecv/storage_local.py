@@ -183,9 +183,8 @@ def _etag(stat: os.stat_result) -> str:
 
 def _walk(folder: str, prefix: str) -> Iterator[Entry]:
     with os.scandir(folder) as found:
-        items = [e for e in found if not e.name.startswith(".")]
-    keyed = sorted((e.name + "/" if e.is_dir() else e.name, e) for e in items if e.is_dir() or e.is_file())
-    for name, entry in keyed:
+        named = [(e.name + "/" if e.is_dir() else e.name, e) for e in found if not e.name.startswith(".")]
+    for name, entry in sorted((name, e) for name, e in named if name.endswith("/") or e.is_file()):
         if name.endswith("/"):
             yield from _walk(entry.path, prefix + name)
         else:

@@ -24,7 +24,7 @@
 #endif
 const char source[] = SOURCE; /* which crops.c and sums.c these were, for those who load them */
 
-enum { PAD = 64 }; /* bytes behind each buffer that a vector may read */
+enum { PAD = 64, AT_ONCE = 4, UNALIGNED = 8 }; /* PAD: bytes behind each buffer that a vector may read */
 
 struct failure { struct jpeg_error_mgr manager; jmp_buf jump; };
 
@@ -209,7 +209,8 @@ static void down(const uint8_t *rows, size_t stride, int values, const int16_t *
 
 /* Bytes of memory for one image: its width, the box's height and width, the side of the output. */
 size_t room(int width, int box_height, int box_width, int side) {
-    size_t decoded = aligned(((size_t)width + 32) * 4 * box_height + PAD + 16 * (size_t)most_taps(box_width, side));
+    size_t row = aligned(((size_t)width + 32) * 4 + PAD + 16 * (size_t)most_taps(box_width, side));
+    size_t decoded = aligned(UNALIGNED + AT_ONCE * row);
     size_t lines = aligned(((size_t)box_height + most_taps(box_height, side)) * side * 3 + PAD);
     return decoded + lines + axis_bytes(box_width, side) + axis_bytes(box_height, side);
 }
@@ -231,22 +232,21 @@ static int one(struct jpeg_decompress_struct *jpeg, const uint8_t *data, size_t 
     columns -= first;
     if (columns < jpeg->output_width) jpeg_crop_scanline(jpeg, &first, &columns);
     else first = 0;
-    const size_t stride = (size_t)columns * 4;
-    if (top > 0) jpeg_skip_scanlines(jpeg, top);
-    for (int y = 0; y < height;) {
-        JSAMPROW rows[4];
-        int count = 0;
-        for (; count < 4 && y + count < height; count++) rows[count] = memory + stride * (y + count);
-        y += jpeg_read_scanlines(jpeg, rows, count);
-    }
-    const uint8_t *pixels = memory + (left - first) * 4;
-    memory += aligned(stride * height + PAD + 16 * (size_t)most_taps(width, side));
-    uint8_t *lines = memory;
-    memory += aligned(((size_t)height + most_taps(height, side)) * side * 3 + PAD);
+    /* Not aligned: libjpeg-turbo would write around the caches, and rows are read at once. */
+    const size_t stride = aligned((size_t)columns * 4 + PAD + 16 * (size_t)most_taps(width, side));
+    uint8_t *const some = memory + UNALIGNED, *const lines = memory + aligned(UNALIGNED + AT_ONCE * stride);
     struct axis x, y;
+    memory = lines + aligned(((size_t)height + most_taps(height, side)) * side * 3 + PAD);
     memory = triangle(&x, width, side, box[4] & 1, memory);
     triangle(&y, height, side, box[4] & 2, memory);
-    for (int row = 0; row < height; row++) across(pixels + row * stride, &x, side, lines + (size_t)row * side * 3);
+    if (top > 0) jpeg_skip_scanlines(jpeg, top);
+    for (int row = 0; row < height;) {
+        JSAMPROW rows[AT_ONCE];
+        for (int i = 0; i < AT_ONCE; i++) rows[i] = some + stride * i;
+        const int more = height - row, count = jpeg_read_scanlines(jpeg, rows, more < AT_ONCE ? more : AT_ONCE);
+        for (int i = 0; i < count; i++, row++)
+            across(rows[i] + (left - first) * 4, &x, side, lines + (size_t)row * side * 3);
+    }
     for (int o = 0; o < side; o++)
         down(lines + (size_t)y.first[o] * side * 3, side * 3, side * 3, y.weight + (size_t)o * y.taps, y.taps, y.bits,
              out + (size_t)o * side * 3);

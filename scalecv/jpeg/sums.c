@@ -14,7 +14,7 @@
 #define QUICK __attribute__((target("avx2")))
 #endif
 
-enum { STRIP = 16, AT_ONCE = 4, MOST_BANDS = 3, ROW_PAD = 64 };
+enum { STRIP = 16, AT_ONCE = 4, MOST_BANDS = 3, ROW_PAD = 64, UNALIGNED = 8 };
 
 struct said { struct jpeg_error_mgr manager; jmp_buf jump; };
 
@@ -54,10 +54,12 @@ int sum_rows(const uint8_t *data, size_t size, int width, int height, int bands,
     if (LIBJPEG_TURBO_VERSION_NUMBER < 2000006) return 1; /* skips wrongly where rows are enlarged and coloured at once */
     if (bands != 1 && bands != MOST_BANDS) return 1;
     const size_t values = (size_t)width * bands, wide = (values + ROW_PAD) / ROW_PAD * ROW_PAD;
-    if (first < 0 || step < 1 || (2 * sizeof(uint32_t) + 2 + AT_ONCE) * wide > memory_bytes) return 1;
+    if (first < 0 || step < 1 || (2 * sizeof(uint32_t) + 2 + AT_ONCE) * wide + 2 * ROW_PAD > memory_bytes) return 1;
+    memory += (size_t)-(uintptr_t)memory % ROW_PAD;
     struct columns to = {(uint32_t *)memory, (uint32_t *)memory + wide, memory + 8 * wide, memory + 9 * wide};
     JSAMPROW rows[AT_ONCE];
-    for (int i = 0; i < AT_ONCE; i++) rows[i] = memory + (10 + i) * wide;
+    /* Rows that are aligned libjpeg-turbo writes around the caches, and they are read at once. */
+    for (int i = 0; i < AT_ONCE; i++) rows[i] = memory + (10 + i) * wide + UNALIGNED;
     memset(memory, 0, 8 * wide);
     memset(to.low, 255, wide);
     memset(to.high, 0, wide);

@@ -16,8 +16,8 @@ from typing_extensions import TypedDict
 
 from scalecv.shards import jpeg_sums
 from scalecv.shards.child import Child, Died, allow, reply, serving
-from scalecv.shards.decode import REASONS, BadImage, Reason
-from scalecv.shards.examine import Facts, examine
+from scalecv.shards.decode import MAX_PIXELS, REASONS, BadImage, Reason
+from scalecv.shards.examine import Facts, examine, of_plain, plain
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -92,7 +92,7 @@ class Examiner:
             answers = _answers().validate_json(self._child.line(self._timeout_s))
             if len(answers) != len(samples):
                 raise ValueError
-        return [_read(answer) for answer in answers]
+            return [_read(answer) for answer in answers]
 
 
 def serve(shared: int) -> None:
@@ -119,7 +119,7 @@ def serve(shared: int) -> None:
 
 def _examined(name: str, data: bytes, mask: bytes | None, declared: Sequence[int], ignore: int | None) -> Any:
     try:
-        return examine(name, data, mask, declared, ignore)
+        return (plain(name, data) if mask is None else None) or examine(name, data, mask, declared, ignore)
     except BadImage as error:
         return {"reason": error.reason, "detail": error.detail}
     except MemoryError:
@@ -149,13 +149,29 @@ class _Bad(TypedDict):
 
 
 @cache
-def _answers() -> "TypeAdapter[list[Facts | _Bad]]":
+def _answers() -> "TypeAdapter[list[list[int] | Facts | _Bad]]":
     from pydantic import TypeAdapter  # which the child does without
 
-    return TypeAdapter(list[Facts | _Bad])
+    return TypeAdapter(list[list[int] | Facts | _Bad])
 
 
-def _read(answer: "Facts | _Bad") -> Facts | BadImage:
+def _read(answer: "list[int] | Facts | _Bad") -> Facts | BadImage:
+    if isinstance(answer, list):
+        return _possible(of_plain(answer))
     if "width" in answer:
-        return cast("Facts", answer)
+        return _possible(cast("Facts", answer))
     return BadImage(cast("Reason", answer["reason"] if answer["reason"] in REASONS else "damaged"), answer["detail"])
+
+
+def _possible(facts: Facts) -> Facts:
+    """The facts, if an image can have them.
+
+    Raises: ValueError: none can, and what is made of them would fail.
+    """
+    bands, (width, height) = facts["bands"], (facts["width"], facts["height"])
+    sums = len(facts["mean"]), len(facts["m2"]), len(facts["min"]), len(facts["max"])
+    if min(width, height, bands) < 1 or not 0 <= facts["pixels"] <= width * height <= MAX_PIXELS or {*sums} != {bands}:
+        raise ValueError(f"no image has {width}x{height} px in {bands} bands, sums of {sums} and {facts['pixels']} px")
+    for value in facts["mask_values"]:
+        int(value)
+    return facts

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
-from scalecv import storage
+from scalecv import runtime, storage
 from scalecv.errors import DataError
 from scalecv.schema import SPLITS
 from scalecv.shards import manifest as manifests
@@ -43,6 +43,7 @@ class Work:
     """Whether a path below the source is part of this ingest."""
 
 
+@runtime.without_collector()
 def add_up(work: Work, options: IngestOptions, said: Sequence[str]) -> Manifest:
     """The manifest of what the units made; quarantine and notes are written, nothing is committed.
 

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from scalecv import storage
+from scalecv import runtime, storage
 from scalecv.errors import ConfigError, DataError, nearest
 from scalecv.shards import cut as cuts
 from scalecv.shards import plan as plans
@@ -191,6 +191,7 @@ def _run(options: IngestOptions, todo: _Todo, total: int, clock: _Clock) -> None
             check_budget(bad, examples, rows - bad.total(), options.max_bad, unseen=total - rows)
 
 
+@runtime.without_collector()
 def _describe(target: str, units: Iterator[plans.Unit]) -> _Todo:
     """Write the descriptions of the units that an earlier ingest did not finish."""
     there = set(storage.list_names(_staging(target)))

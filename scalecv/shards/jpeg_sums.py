@@ -7,6 +7,7 @@ the sums are the same.
 
 import ctypes
 import zlib
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -33,9 +34,22 @@ _KEPT_BYTES = 24 << 20
 
 def of_file(data: bytes, known: turbo.Header) -> BandSums | None:
     """The sums of an ordinary JPEG; None where libjpeg-turbo has something to say."""
-    first, step = strips(known.height, known.width, data)
-    sums = by_c()
-    return sums(data, known, first, step) if sums is not None else _plain(data, known, first, step)
+    sums, where = by_c(), strips(known.height, known.width, data)
+    if sums is None:
+        return _plain(data, known, *where)
+    numbers = sums(data, known, *where)
+    return None if numbers is None else of_numbers(numbers)
+
+
+def of_numbers(numbers: Sequence[int]) -> BandSums:
+    """The sums as they are told: pixels, then for each band sum, sum of squares, smallest, largest.
+
+    Raises: ValueError: no pixels, or not four numbers for each of one or three bands.
+    """
+    pixels, *bands = numbers
+    if pixels < 1 or len(bands) not in (4, 12):
+        raise ValueError(f"{len(numbers)} numbers are no sums of {pixels} pixels")
+    return of_whole_numbers(pixels, *(bands[kind::4] for kind in range(4)))
 
 
 def sampled(pixels: NDArray[Any], data: bytes) -> NDArray[Any]:
@@ -81,13 +95,13 @@ class Sums:
         self._memory, self._out = _kept(), np.zeros((13,), np.uint64)
         self._places = self._memory.ctypes.data, self._memory.size, self._out.ctypes.data
 
-    def __call__(self, data: bytes, known: turbo.Header, first: int, step: int) -> BandSums | None:
-        """Sums over the strips; None where libjpeg-turbo has something to say."""
+    def __call__(self, data: bytes, known: turbo.Header, first: int, step: int) -> list[int] | None:
+        """Numbers over the strips, as `of_numbers` takes them; None where libjpeg-turbo has something to say."""
         height, width, bands, _ = known
         if self._sum(data, len(data), width, height, bands, first, step, *self._places):
             return None
-        pixels, *numbers = self._out.tolist()
-        return of_whole_numbers(pixels, *(numbers[kind : 4 * bands : 4] for kind in range(4)))
+        numbers: list[int] = self._out[: 1 + 4 * bands].tolist()
+        return numbers
 
 
 @lru_cache(maxsize=1)
@@ -107,7 +121,8 @@ def _is_exact(made: Sums) -> bool:
         data = simplejpeg.encode_jpeg(noise, quality=85, **kinds)
         known: Any = turbo.header(data)
         for first, step in ((0, 1), (1, 3), (2, 4)):
-            if made(data, known, first, step) != _plain(data, known, first, step):
+            numbers = made(data, known, first, step)
+            if numbers is None or of_numbers(numbers) != _plain(data, known, first, step):
                 return False
         if made(data[: len(data) * 2 // 3], known, 0, 4) is not None:
             return False

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from scalecv import storage
+from scalecv import runtime, storage
 from scalecv.errors import ConfigError, StorageError
 from scalecv.schema import SPLITS
 from scalecv.sources.found import Found, LeftOut, share
@@ -26,6 +26,7 @@ CARVED = 0.1
 _OVERHEAD_BYTES = 1024
 _SMALLEST_UNIT_BYTES = 8 << 20
 _INSERT = f"INSERT OR IGNORE INTO rows VALUES ({', '.join('?' * 13)})"  # noqa: S608 - question marks only
+_NO_META = "{}"
 _LATER = ("tile_px", "drop_empty")
 _FIELDS = ("path", "size", "etag", "label", "mask", "mask_size", "mask_etag", "grp", "split", "meta", "problem")
 
@@ -97,6 +98,7 @@ def parse_shares(text: str) -> tuple[float, float, float]:
     return train / total, val / total, test / total
 
 
+@runtime.without_collector()
 @_disk()
 def collect(found: Iterable[Found | LeftOut], counted: Callable[[int], None] = lambda n: None) -> Collected:
     """Stream a source's rows to disk; a path that comes twice counts once.
@@ -253,6 +255,7 @@ def ungrouped(plan: Collected) -> tuple[int, int, str]:
     return int(groups), int(without), str(path)
 
 
+@runtime.without_collector()
 @_disk()
 def identity(plan: Collected, settings: UnitSettings, unit_mb: int) -> tuple[str, str]:
     """Hashes of all that makes the dataset: as the store's etags tell it, and by paths and sizes alone."""
@@ -283,7 +286,9 @@ def read_unit(spec: bytes) -> tuple[str, UnitSettings, list[dict[str, Any]]]:
     settings = tree["settings"]
     settings.update(meta=tuple(settings["meta"]), mask_values=tuple(settings["mask_values"]))
     rows = [dict(zip(tree["fields"], row, strict=True)) for row in tree["rows"]]
-    return tree["split"], UnitSettings(**settings), [row | {"meta": json.loads(row["meta"])} for row in rows]
+    for row in rows:
+        row["meta"] = json.loads(row["meta"]) if row["meta"] != _NO_META else {}
+    return tree["split"], UnitSettings(**settings), rows
 
 
 def _cut(rows: Iterator[Sequence[Any]], split: str, settings: UnitSettings, limit: int) -> Iterator[Unit]:
@@ -318,7 +323,7 @@ def _sorted(table: sqlite3.Connection, split: str) -> Iterator[Sequence[Any]]:
 def _line(item: Found) -> tuple[Any, ...]:
     key = item.key or hashlib.sha256(item.path.encode()).digest()[:8]
     draw = share(item.group if item.group is not None else item.path)
-    meta = json.dumps(dict(item.meta), sort_keys=True, ensure_ascii=False)
+    meta = json.dumps(dict(item.meta), sort_keys=True, ensure_ascii=False) if item.meta else _NO_META
     mask = (item.mask, item.mask_size_bytes, item.mask_etag)
     return (
         *(item.path, item.size_bytes, item.etag, item.label, *mask, item.group, item.split, meta, item.problem),

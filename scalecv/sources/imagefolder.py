@@ -25,12 +25,15 @@ def imagefolder(
     has_splits = any(split_named(name, split_folders or {}) for name in tops)
     others = [name for name in tops if not split_named(name, split_folders or {}) and "." not in name]
     filled: set[str] = set()
+    folder, within = "", list[str]()
     for entry in storage.list_entries(uri):
         if strange := odd(entry.path):
             yield strange
             continue
-        folders = entry.path.split("/")[:-1]
-        filled.update("/".join(folders[:depth]) for depth in (1, 2))  # folders, of which there are few
+        if folder != (folder := entry.path.rpartition("/")[0]):  # many files follow each other in the same
+            within = folder.split("/") if folder else []
+            filled.update("/".join(within[:depth]) for depth in (1, 2))  # folders, of which there are few
+        folders = within
         if not is_image(entry.path):
             yield LeftOut(entry.path, "not an image by its name")
             continue

@@ -11,7 +11,7 @@ import simplejpeg
 from scalecv.jpeg import build, native, turbo
 from scalecv.shards import jpeg_sums
 from scalecv.shards.decode import BadImage
-from scalecv.shards.examine import examine
+from scalecv.shards.examine import examine, of_plain, plain
 from scalecv.shards.examiner import Examiner
 from tests.jpeg.test_turbo import picture
 from tests.shards.images import encoded
@@ -33,7 +33,8 @@ def compare(made, data):
     if known is None or known.height * known.width > 1 << 22:
         return None
     where = jpeg_sums.strips(known.height, known.width, data)
-    found = made(data, known, *where)
+    numbers = made(data, known, *where)
+    found = None if numbers is None else jpeg_sums.of_numbers(numbers)
     assert found == jpeg_sums._plain(data, known, *where)
     return found is not None
 
@@ -113,6 +114,34 @@ def test_an_image_of_one_colour_but_for_rows_that_were_not_counted():
         assert "constant" not in examine("a.jpg", encoded(PIL.Image.fromarray(pixels), "JPEG"))["notes"]
     plain = encoded(PIL.Image.new("RGB", (400, 300), (90, 90, 90)), "JPEG")
     assert examine("a.jpg", plain)["notes"] == {"constant": "every pixel is 90, 90, 90"}
+
+
+@needs_native
+def test_what_is_told_in_numbers_is_what_all_of_it_says():
+    ordinary = encoded(picture(300, 400), "JPEG")
+    gray = encoded(picture(31, 40, "L"), "JPEG")
+    for data in (ordinary, gray):
+        numbers = plain("a.JPG", data)
+        assert numbers is not None and of_plain(numbers) == examine("a.JPG", data)
+    assert plain("a.png", ordinary) is None, "its name is to be told"
+    assert plain("a.jpg", encoded(picture(2, 90), "JPEG")) is None, "its shape is"
+    assert plain("a.jpg", encoded(PIL.Image.new("RGB", (40, 30), (9, 9, 9)), "JPEG")) is None, "its one colour is"
+    assert plain("a.jpg", ordinary[:-900]) is None
+    assert plain("a.jpg", encoded(picture(30, 40), "PNG")) is None
+
+
+@needs_native
+def test_wherever_its_memory_lies_the_sums_are_the_same_and_nothing_beside_it_is_written():
+    data = encoded(picture(300, 400), "JPEG")
+    known, size = turbo.header(data), 14 * 1216 + 128
+    made = jpeg_sums.Sums.__new__(jpeg_sums.Sums)
+    made._sum, made._out = jpeg_sums.by_c()._sum, np.zeros(13, np.uint64)
+    for start in range(0, 64, 8):
+        memory = np.full(size + 256, 77, np.uint8)
+        first = memory[128 + start :][:size]
+        made._places = first.ctypes.data, size, made._out.ctypes.data
+        assert made(data, known, 0, 1) == jpeg_sums.by_c()(data, known, 0, 1)
+        assert (memory[: 128 + start] == 77).all() and (memory[128 + start + size :] == 77).all()
 
 
 def maps_of(child):

@@ -1,5 +1,6 @@
 """The process that decodes, as one that a hostile image has taken over would behave."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from scalecv.errors import ScalecvError
 from scalecv.raster import PIXELS, Profile
 from scalecv.shards.child import Child
 from scalecv.shards.decode import BadImage
+from scalecv.shards.examine import examine
 from scalecv.shards.examiner import TOGETHER_BYTES, Examiner
 from scalecv.shards.scene import SceneReader
 from scalecv.tiles import Window
@@ -29,6 +31,8 @@ def answers(line):
     return serve
 text, deep = answers(b"no JSON\\n"), answers(b"[" * 200_000 + b"\\n")
 none, other, lacking = answers(b"[]\\n"), answers(b'{"answers": 3}\\n'), answers(b'[{"width": 3}]\\n')
+few, negative, wide = answers(b"[[8, 8, 64, 1, 2]]\\n"), answers(b"[[-8, 8, 64, 1, 1, 0, 1]]\\n"), answers(FACTS)
+huge = answers(b"[[1" + b"0" * 30 + b", 8, 64, 1, 1, 0, 1]]\\n")
 def endless(*shared):
     source, target = serving()
     source.readline()
@@ -66,10 +70,13 @@ def torn():
 """
 
 
+WIDE = b"[%s]\n" % json.dumps(examine("a.png", png(1)) | {"width": 1 << 40}).encode()
+
+
 @pytest.fixture
 def hostile(tmp_path, monkeypatch):
     """A function that gives one end of a child that a function above stands for."""
-    (tmp_path / "hostile.py").write_text(HOSTILE.replace("PIXELS", repr(tuple(PIXELS))))
+    (tmp_path / "hostile.py").write_text(HOSTILE.replace("PIXELS", repr(tuple(PIXELS))).replace("FACTS", repr(WIDE)))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     children = []
 
@@ -82,7 +89,9 @@ def hostile(tmp_path, monkeypatch):
         child.close()
 
 
-@pytest.mark.parametrize("name", ["text", "deep", "none", "other", "lacking", "endless"])
+@pytest.mark.parametrize(
+    "name", ["text", "deep", "none", "other", "lacking", "endless", "few", "negative", "wide", "huge"]
+)
 def test_an_answer_that_is_none_is_the_death_of_the_decoder(hostile, name):
     examiner = Examiner()
     examiner._child = hostile(name)

@@ -37,6 +37,14 @@ def test_class_folders_alone_leave_the_split_open(tmp_path):
 
 def test_images_without_folders_have_no_label(tmp_path):
     assert [f.label for f in taken(touch(tmp_path, "1.png", "2.png")).values()] == [None, None]
+    found = taken(touch(tmp_path, "0/deep/3.png", "0/4.png", "2/5.png"))
+    assert {path: f.label for path, f in found.items()} == {
+        "0/4.png": "0",
+        "0/deep/3.png": "0",
+        "1.png": None,
+        "2.png": None,
+        "2/5.png": "2",
+    }
 
 
 def test_group_comes_from_the_path(tmp_path):
