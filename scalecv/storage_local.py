@@ -106,7 +106,10 @@ def entries(folder: str) -> Iterator[Entry]:
 
 def names(folder: str) -> list[str]:
     """What lies directly in a folder, sorted; empty where there is none."""
-    return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    try:
+        return sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 @contextlib.contextmanager
@@ -114,11 +117,7 @@ def _written(path: str, data: bytes | memoryview) -> Iterator[str]:
     """A durable temporary file beside `path`, removed unless it was moved away; then the folder is made durable."""
     folder = os.path.dirname(path)
     try:
-        try:
-            handle, part = tempfile.mkstemp(dir=folder, prefix=PART)
-        except (FileNotFoundError, NotADirectoryError):
-            _make_folder(folder)
-            handle, part = tempfile.mkstemp(dir=folder, prefix=PART)
+        handle, part = _new_part(folder)
     except OSError as error:
         raise _failure(path, error, len(data)) from None
     try:
@@ -126,8 +125,8 @@ def _written(path: str, data: bytes | memoryview) -> Iterator[str]:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
                 file.flush()
+                os.fchmod(file.fileno(), 0o644)
                 os.fsync(file.fileno())
-            os.chmod(part, 0o644)
         except OSError as error:
             raise _failure(path, error, len(data)) from None
         yield part
@@ -135,6 +134,16 @@ def _written(path: str, data: bytes | memoryview) -> Iterator[str]:
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(part)
+
+
+def _new_part(folder: str) -> tuple[int, str]:
+    """An open file and its path; the folder is made, also where somebody removes it meanwhile because it is empty."""
+    for _ in range(4):
+        try:
+            return tempfile.mkstemp(dir=folder, prefix=PART)
+        except (FileNotFoundError, NotADirectoryError):
+            _make_folder(folder)
+    return tempfile.mkstemp(dir=folder, prefix=PART)
 
 
 def _make_folder(folder: str) -> None:

@@ -1,4 +1,7 @@
+import dataclasses
 import io
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -112,3 +115,34 @@ def test_of_a_scene_only_what_is_needed_is_read_and_what_is_gone_is_named():
         scene.read(Window(0, 0, 64, 64))
         with pytest.raises(raster.RasterError):
             scene.read(Window(960, 0, 64, 64))
+
+
+@pytest.mark.parametrize("name", ["pvroof", "naip4", "water12", "pv4band"])
+def test_who_asks_for_pixels_alone_gets_all_but_the_place(shared_data, name):
+    for path in sorted(shared_data(name).glob("*/*/*.tif"))[:6]:
+        data = path.read_bytes()
+        with raster.open_bytes(data, is_placed=False) as scene:
+            bare, pixels = scene.profile, scene.read()
+        with raster.open_bytes(data) as scene:
+            assert bare == dataclasses.replace(scene.profile, crs=None, wkt=None, transform=raster.PIXELS)
+            np.testing.assert_array_equal(pixels, scene.read())
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="no /proc that tells of open files")
+def test_pixels_of_a_tile_ask_no_database_of_coordinate_systems(tmp_path):
+    """PROJ would look the CRS up for each tile of each epoch, which takes longer than all else."""
+    file = tmp_path / "tile.tif"
+    file.write_bytes(
+        tiff(np.zeros((4, 6, 2), np.uint8), crs="EPSG:3826", transform=rasterio.Affine(2, 0, 5, 0, -2, 9))
+    )
+    script = (
+        "import os, sys; from scalecv import raster; from scalecv.shards.decode import decode_mask, decode_pixels\n"
+        "data = open(sys.argv[1], 'rb').read()\n"
+        "def asked():\n"
+        "    links = (f'/proc/self/fd/{fd}' for fd in os.listdir('/proc/self/fd'))\n"
+        "    return any('proj.db' in os.readlink(link) for link in links if os.path.exists(link))\n"
+        "decode_pixels(data), decode_mask(data), raster.read(data)\n"
+        "print(asked(), raster.profile(data).crs, asked())"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(file)], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "EPSG:3826", "True"]

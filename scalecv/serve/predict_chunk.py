@@ -23,7 +23,7 @@ from scalecv.artifacts.bundle import open_bundle
 from scalecv.raster import PIXELS, Profile
 from scalecv.serve.predictor import Predictor, Read, Rows
 from scalecv.shards import store
-from scalecv.shards.decode import TIFF, BadImage, decode_pixels
+from scalecv.shards.decode import TIFF, BadImage, decode_image, decode_pixels
 from scalecv.shards.scene import SceneReader
 from scalecv.tiles import Window
 
@@ -111,11 +111,12 @@ class Worker:
         table = store.read_row_group(dataset.uri, shard, chunk["group"], cache=dataset.cache)
         for row in table.select(["id", "image", "nodata"]).to_pylist():
             data, path = row["image"]["bytes"], row["image"]["path"]
-            pixels = decode_pixels(data)  # known good by its hash
-            height, width, bands = pixels.shape
             is_raster = data.startswith(TIFF)
+            image = decode_image(data) if is_raster else None  # known good by its hash
+            pixels = image.pixels if image else decode_pixels(data)
+            height, width, bands = pixels.shape
             plain = Profile(width, height, bands, pixels.dtype.name, row["nodata"], None, PIXELS)
-            profile = raster.profile(data) if is_raster else plain
+            profile = image.place if image and image.place else plain
             self._predictor.check(profile)
             yield _Image(path, row["id"], shard.split, profile, _reads(pixels), is_raster)
 

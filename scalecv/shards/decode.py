@@ -74,18 +74,22 @@ class Image:
     nodata: float | None
     """Value of pixels without data, as a raster says."""
     place: Profile | None = None
-    """The header of a raster, with its georeference."""
+    """The header of a raster, with its georeference where that was asked for."""
 
 
-def decode_image(data: bytes) -> Image:
+def decode_image(data: bytes, *, is_placed: bool = True) -> Image:
     """The pixels of one image, decoded to the end.
+
+    Args:
+        data: the file.
+        is_placed: whether to say where a raster lies, which takes longer than its pixels.
 
     Raises: BadImage: empty, not an image, not a supported one, too large, cut or damaged.
     """
     if not data:
         raise BadImage("empty", "0 bytes")
     if data.startswith(TIFF):
-        return _tiff(data)
+        return _tiff(data, is_placed=is_placed)
     picture = _load(data)
     kind = "JPEG" if picture.format == "MPO" else str(picture.format)
     picture = _upright(picture)
@@ -102,10 +106,10 @@ def decode_image(data: bytes) -> Image:
 
 
 def decode_pixels(data: bytes) -> NDArray[Any]:
-    """[H, W, C] of bytes that are known good; the pixels that `decode_image` gives, sooner where it is a JPEG."""
+    """[H, W, C] of bytes that are known good; the pixels that `decode_image` gives, sooner."""
     known = turbo.header(data)
     pixels = None if known is None else turbo.decode(data, known)
-    return decode_image(data).pixels if pixels is None else pixels
+    return decode_image(data, is_placed=False).pixels if pixels is None else pixels
 
 
 def decode_mask(data: bytes) -> NDArray[Any]:
@@ -116,7 +120,7 @@ def decode_mask(data: bytes) -> NDArray[Any]:
     if not data:
         raise BadImage("empty", "0 bytes")
     if data.startswith(TIFF):
-        values = _tiff(data).pixels
+        values = _tiff(data, is_placed=False).pixels
     else:
         picture = _upright(_load(data))
         if picture.mode in ("PA", "LA", "La"):
@@ -184,20 +188,21 @@ def _upright(picture: Any) -> Any:
         return picture
 
 
-def _tiff(data: bytes) -> Image:
+def _tiff(data: bytes, *, is_placed: bool) -> Image:
     try:
-        header = raster.profile(data)
-        kind = np.dtype(header.dtype)
-        _check_size(header.width, header.height, header.bands * kind.itemsize, len(data))
-        if kind.kind not in "uif":
-            raise BadImage("unsupported", f"pixels of dtype {header.dtype}")
-        pixels, nodata = raster.read(data)
+        with raster.open_bytes(data, is_placed=is_placed) as scene:
+            header = scene.profile
+            kind = np.dtype(header.dtype)
+            _check_size(header.width, header.height, header.bands * kind.itemsize, len(data))
+            if kind.kind not in "uif":
+                raise BadImage("unsupported", f"pixels of dtype {header.dtype}")
+            pixels = scene.read()
     except raster.RasterError as error:
         said = _said(error)
         raise BadImage("unsupported" if "different dtypes" in said else "damaged", said) from None
     except TypeError as error:
         raise BadImage("unsupported", _said(error)) from None
-    return Image(pixels, "TIFF", nodata, header)
+    return Image(pixels, "TIFF", header.nodata, header)
 
 
 def _check_size(width: int, height: int, bytes_per_pixel: int, encoded_bytes: int) -> None:

@@ -27,7 +27,7 @@ from scalecv.shards.options import IngestOptions, IngestResult, Progress
 from scalecv.shards.plan import Collected, UnitSettings
 from scalecv.shards.record import Record
 from scalecv.shards.store import Dataset
-from scalecv.shards.unit import STAGING, record_uri, spec_uri
+from scalecv.shards.unit import STAGING, record_uri, spec_uri, stage
 from scalecv.sources.csv_table import csv_table, locate
 from scalecv.sources.found import Found, LeftOut
 from scalecv.sources.imagefolder import imagefolder
@@ -207,7 +207,7 @@ def _describe(target: str, units: Iterator[plans.Unit]) -> _Todo:
                 continue
             pending.append(unit.name)
             pending_bytes += unit.size_bytes
-            waiting.append(pool.submit(storage.put, spec_uri(target, unit.name), unit.spec))
+            waiting.append(pool.submit(stage, target, spec_uri(target, unit.name), unit.spec))
             if len(waiting) > 32:
                 waiting.popleft().result()
         for future in waiting:

@@ -57,6 +57,17 @@ def overtaken(target: str) -> DataError:
     )
 
 
+def stage(target: str, uri: str, data: bytes) -> None:
+    """Write an object into the staging folder.
+
+    Raises: DataError: another ingest has cleared it meanwhile.
+    """
+    try:
+        storage.put(uri, data)
+    except FileNotFoundError:
+        raise overtaken(target) from None
+
+
 def run(item: Mapping[str, Any], target: str) -> dict[str, Any]:
     """Do one unit; a small row that says how it went.
 
@@ -117,7 +128,7 @@ def work(target: str, unit: str) -> Record:
         content, shard = closed
         storage.put(storage.join(target, shard.path), content)
         record.shard = shard
-    storage.put(record_uri(target, unit), record.encode())
+    stage(target, record_uri(target, unit), record.encode())
     return record
 
 

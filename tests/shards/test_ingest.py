@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,8 +15,9 @@ import PIL.Image
 import pyarrow.parquet as pq
 import pytest
 
+from scalecv import storage
 from scalecv.errors import ConfigError, DataError
-from scalecv.shards import store
+from scalecv.shards import store, unit
 from scalecv.shards.ingest import IngestOptions, IngestResult, Progress, ingest
 from scalecv.shards.store import open_dataset
 from tests.shards.images import class_folders, encoded, png, write
@@ -353,6 +355,31 @@ def test_two_ingests_at_once_leave_one_whole_dataset(many, tmp_path):
     assert any("DataError" in e and "--append" in e for e in errors)
     dataset = open_dataset(str(tmp_path / "ds"))
     assert dataset.manifest.rows == 2400 and store.verify(dataset) == []
+
+
+def test_whoever_is_overtaken_while_writing_says_so(tmp_path):
+    """The other ingest clears the staging folder, and with it files that are half written."""
+    staging, done = tmp_path / unit.STAGING, threading.Event()
+
+    def clear() -> None:
+        while not done.is_set():
+            for name in storage.list_names(str(staging)):
+                storage.delete([f"{staging}/{name}"])
+
+    other = threading.Thread(target=clear)
+    other.start()
+    told = 0
+    try:
+        for number in range(400):
+            try:
+                unit.stage(str(tmp_path), f"{staging}/{number}.json", b"{}")
+            except DataError as error:
+                told += 1
+                assert "--append" in str(error)
+    finally:
+        done.set()
+        other.join()
+    assert told, "nothing was cleared while it was written: the test shows nothing"
 
 
 def test_result_is_plain_data(source, tmp_path):
