@@ -132,9 +132,7 @@ def test_who_asks_for_pixels_alone_gets_all_but_the_place(shared_data, name):
 def test_pixels_of_a_tile_ask_no_database_of_coordinate_systems(tmp_path):
     """PROJ would look the CRS up for each tile of each epoch, which takes longer than all else."""
     file = tmp_path / "tile.tif"
-    file.write_bytes(
-        tiff(np.zeros((4, 6, 2), np.uint8), crs="EPSG:3826", transform=rasterio.Affine(2, 0, 5, 0, -2, 9))
-    )
+    file.write_bytes(tiff(np.zeros((4, 6, 2), np.uint8), crs="EPSG:3826", transform=rasterio.Affine(2, 0, 5, 0, -2, 9)))
     script = (
         "import os, sys; from scalecv import raster; from scalecv.shards.decode import decode_mask, decode_pixels\n"
         "data = open(sys.argv[1], 'rb').read()\n"
