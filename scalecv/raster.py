@@ -5,6 +5,7 @@ sidecar files are looked for, and GDAL's network drivers are off.
 """
 
 import contextlib
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,26 @@ _ENV = {
     "GDAL_NUM_THREADS": "1",
     "GTIFF_IGNORE_READ_ERRORS": "NO",
 }
+
+
+# Before threads begin: one that restores its warnings.catch_warnings takes away what was set meanwhile.
+warnings.filterwarnings("ignore", "Dataset has no geotransform", category=Warning)
+_THREAD = threading.local()
+
+
+def keep_settings() -> None:
+    """Let this thread set GDAL up once, not for each file, which takes as long as opening one; for our own threads."""
+    _THREAD.keeps = True
+
+
+def _has_settings() -> bool:
+    """Whether GDAL is set up in this thread, which happens here where the thread may keep it so."""
+    if getattr(_THREAD, "env", None) is None and getattr(_THREAD, "keeps", False):
+        import rasterio
+
+        _THREAD.env = rasterio.Env(**_ENV)
+        _THREAD.env.__enter__()
+    return getattr(_THREAD, "env", None) is not None
 
 
 class RasterError(ValueError):
@@ -123,7 +144,8 @@ def open_bytes(data: bytes, *, is_placed: bool = True) -> "Iterator[Scene]":
     sources = {} if is_placed else {"GEOREF_SOURCES": "NONE"}
     with contextlib.ExitStack() as stack:
         with _errors():
-            stack.enter_context(rasterio.Env(**_ENV))
+            if not _has_settings():
+                stack.enter_context(rasterio.Env(**_ENV))
             file = stack.enter_context(MemoryFile(data))
             scene = Scene(stack.enter_context(file.open(driver="GTiff", sharing=False, **sources)))
         yield scene
@@ -163,8 +185,13 @@ class Scene:
         from rasterio.windows import Window as Area
 
         with _errors():
-            area = Area(window.col, window.row, window.width, window.height) if window else None
-            return np.moveaxis(self._source.read(window=area), 0, -1)
+            if window is not None:
+                area = Area(window.col, window.row, window.width, window.height)
+                return np.moveaxis(self._source.read(window=area), 0, -1)
+            found = self.profile
+            pixels = np.empty((found.height, found.width, found.bands), found.dtype)
+            self._source.read(out=np.moveaxis(pixels, -1, 0))  # GDAL interleaves bands faster than numpy
+            return pixels
 
 
 @contextlib.contextmanager

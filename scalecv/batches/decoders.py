@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from scalecv import raster
 from scalecv.batches import crops
 from scalecv.batches.collate import Filling, Row, fill
 from scalecv.batches.gpu import THREADS, GpuDecoder, OnGpu
@@ -148,7 +149,7 @@ class Decoders:
         """Batches that tasks decoded."""
         if pixels:
             self.notes += shared.once("pixels", pixels.told)
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        self._pool = ThreadPoolExecutor(threads, "decode", initializer=raster.keep_settings)
         self._pool.submit(crops.load)  # while the first row groups are read
         self._gpu = gpu
         if gpu:
@@ -296,7 +297,7 @@ def _decode(
 ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None, float]:
     """A batch in a task of one CPU: pixels [B, H, W, C], masks or labels, and the seconds it took."""
     torch.set_num_threads(1)
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1, initializer=raster.keep_settings) as pool:
         batch, took = fill(rows, how, seeds, pool, 1).wait()
     arrays: dict[str, Any] = {name: batch[name].numpy() for name in ("mask", "label") if name in batch}
     return batch["image"].permute(0, 2, 3, 1).numpy(), arrays.get("mask"), arrays.get("label"), took

@@ -1,6 +1,7 @@
 """One row on its way from encoded bytes to pixels."""
 
 import threading
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from scalecv.shards import decode
 LARGEST_KEPT = 16 << 20
 """Bytes of a picture up to which threads keep the memory that they decode into."""
 _THREAD = threading.local()
+_UNKNOWN = -1
+"""In the place of a class's number."""
 
 
 def sample(
@@ -140,16 +143,31 @@ def _missing(array: np.ndarray, nodata: float | None) -> np.ndarray | None:
 
 def _classes(values: np.ndarray, how: Pixels) -> np.ndarray:
     """Mask values as class numbers, IGNORE for the declared ignore value."""
-    out = np.full(values.shape, IGNORE, np.int64)
-    known = np.zeros(values.shape, bool)
-    for number, value in enumerate(how.mask_values):
-        hit = values == value
-        out[hit] = number
-        known |= hit
-    if how.mask_ignore is not None:
-        known |= values == how.mask_ignore
-    if not known.all():
+    if values.dtype == np.uint8:
+        out = _numbers(how.mask_values, how.mask_ignore).take(values)
+    else:
+        out = np.full(values.shape, _UNKNOWN, np.int64)
+        for value, number in _known(how.mask_values, how.mask_ignore):
+            out[values == value] = number
+    strange = out == _UNKNOWN
+    if strange.any():
         raise IntegrityError(
-            f"a mask holds the value {values[~known].flat[0]}, the manifest lists {list(how.mask_values)}"
+            f"a mask holds the value {values[strange].flat[0]}, the manifest lists {list(how.mask_values)}"
         )
     return out
+
+
+def _known(mask_values: tuple[int, ...], ignore: int | None) -> list[tuple[int, int]]:
+    """Each value of a mask with its number; a class that has the ignored value is a class."""
+    ignored = [] if ignore is None else [(ignore, IGNORE)]
+    return [*ignored, *((value, number) for number, value in enumerate(mask_values))]
+
+
+@lru_cache(maxsize=16)
+def _numbers(mask_values: tuple[int, ...], ignore: int | None) -> np.ndarray:
+    """int64 [256], the number of each byte."""
+    table = np.full(256, _UNKNOWN, np.int64)
+    for value, number in _known(mask_values, ignore):
+        if 0 <= value < len(table):
+            table[value] = number
+    return table

@@ -108,10 +108,9 @@ def move(
         top, left, height, width = box or crop_box(image.shape[-2], image.shape[-1], how.resized_crop, u)
         image = scaled(image[:, top : top + height, left : left + width], size_px, size_px, out)
         mask = None if mask is None else _nearest(mask[..., top : top + height, left : left + width], size_px)
-    if u[4] < how.hflip:
-        image, mask = image.flip(-1), None if mask is None else mask.flip(-1)
-    if u[5] < how.vflip:
-        image, mask = image.flip(-2), None if mask is None else mask.flip(-2)
+    flips = [axis for axis, draw, chance in ((-1, u[4], how.hflip), (-2, u[5], how.vflip)) if draw < chance]
+    if flips:  # at once: each flip is a copy
+        image, mask = image.flip(flips), None if mask is None else mask.flip(flips)
     if how.rot90:
         turns = int(u[6] * 4)
         image, mask = image.rot90(turns, (-2, -1)), None if mask is None else mask.rot90(turns, (-2, -1))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from typing_extensions import TypedDict
 
+from scalecv import raster
 from scalecv.shards import jpeg_sums
 from scalecv.shards.child import Child, Died, allow, reply, serving
 from scalecv.shards.decode import MAX_PIXELS, REASONS, BadImage, Reason
@@ -101,6 +102,7 @@ def serve(shared: int) -> None:
     Args: shared: number of the memory in which samples may lie; -1 for none.
     """
     jpeg_sums.by_c()  # before the first image, whose time is limited
+    raster.keep_settings()
     source, target = serving()
     memory = mmap.mmap(shared, 0, access=mmap.ACCESS_READ) if shared >= 0 else None
     gc.freeze()  # modules are here to stay, and need not be looked through for what can go

@@ -1,5 +1,6 @@
 """A batch is what Pillow and torchvision would make of its rows, whatever road its bytes took."""
 
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -8,12 +9,13 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as F
 
-from scalecv.batches import collate, memory
+from scalecv.batches import collate, memory, samples
 from scalecv.batches.collate import Row
 from scalecv.batches.pixels import Pixels
 from scalecv.batches.transforms import crop_box, draws
 from scalecv.config import Augment
-from scalecv.errors import DataError
+from scalecv.errors import DataError, IntegrityError
+from scalecv.schema import IGNORE
 from scalecv.shards.decode import decode_image
 from tests.jpeg.test_turbo import picture
 from tests.shards.images import encoded
@@ -90,3 +92,18 @@ def test_memory_comes_back_when_nobody_holds_it():
     several = [blocks.tensor((5,), np.dtype("uint8")) for _ in range(6)]
     several.clear()
     assert len(blocks._free) == 2
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int64"])
+def test_masks_become_numbers_of_classes_whatever_holds_them(dtype):
+    values = np.array([[7, 0, 255], [255, 9, 7]], dtype)
+    how = dataclasses.replace(pixels(), mask_values=(0, 7, 9), mask_ignore=255)
+    assert samples._classes(values, how).tolist() == [[1, 0, IGNORE], [IGNORE, 2, 1]]
+    declared = dataclasses.replace(how, mask_values=(0, 7, 9, 255))
+    assert samples._classes(values, declared).tolist() == [[1, 0, 3], [3, 2, 1]], (
+        "a class, though it is the ignored one"
+    )
+    with pytest.raises(IntegrityError, match=r"holds the value 9, .* \[0, 7\]"):
+        samples._classes(values, dataclasses.replace(how, mask_values=(0, 7)))
+    if dtype == "int64":
+        assert samples._classes(np.array([[-3]]), dataclasses.replace(how, mask_values=(-3,))).tolist() == [[0]]
