@@ -28,8 +28,9 @@ _ENV = {
 }
 
 
-# Before threads begin: one that restores its warnings.catch_warnings takes away what was set meanwhile.
-warnings.filterwarnings("ignore", "Dataset has no geotransform", category=Warning)
+# Before threads begin: one that restores its warnings.catch_warnings takes away what was set meanwhile. Behind the
+# user's own filters: who asked for this warning gets it until the first file is opened here.
+warnings.filterwarnings("ignore", "Dataset has no geotransform", category=Warning, append=True)
 _THREAD = threading.local()
 
 
@@ -40,12 +41,15 @@ def keep_settings() -> None:
 
 def _has_settings() -> bool:
     """Whether GDAL is set up in this thread, which happens here where the thread may keep it so."""
-    if getattr(_THREAD, "env", None) is None and getattr(_THREAD, "keeps", False):
-        import rasterio
+    if not getattr(_THREAD, "keeps", False):
+        return False
+    import rasterio
+    from rasterio.env import getenv, hasenv
 
+    if not (hasenv() and _ENV.items() <= getenv().items()):  # also after somebody else's Env was left
         _THREAD.env = rasterio.Env(**_ENV)
         _THREAD.env.__enter__()
-    return getattr(_THREAD, "env", None) is not None
+    return True
 
 
 class RasterError(ValueError):
@@ -121,7 +125,7 @@ def read(data: bytes) -> tuple[NDArray[Any], float | None]:
     Raises: RasterError: not a GeoTIFF, damaged, or cut.
     """
     with open_bytes(data, is_placed=False) as scene:
-        return scene.read(), scene.profile.nodata
+        return scene.read_interleaved(), scene.profile.nodata
 
 
 @contextlib.contextmanager
@@ -178,16 +182,19 @@ class Scene:
         self.profile = _profile(source)
 
     def read(self, window: Window | None = None) -> NDArray[Any]:
-        """[h, w, C] of a window, or of all, in the file's dtype.
+        """[h, w, C] of a window, or of all, in the file's dtype; in memory band by band, which sums over bands want.
 
         Raises: RasterError: a block is damaged, or lies outside of the file.
         """
         from rasterio.windows import Window as Area
 
         with _errors():
-            if window is not None:
-                area = Area(window.col, window.row, window.width, window.height)
-                return np.moveaxis(self._source.read(window=area), 0, -1)
+            area = Area(window.col, window.row, window.width, window.height) if window else None
+            return np.moveaxis(self._source.read(window=area), 0, -1)
+
+    def read_interleaved(self) -> NDArray[Any]:
+        """[H, W, C] of all, in memory as well, which batches want; raises as `read`."""
+        with _errors():
             found = self.profile
             pixels = np.empty((found.height, found.width, found.bands), found.dtype)
             self._source.read(out=np.moveaxis(pixels, -1, 0))  # GDAL interleaves bands faster than numpy

@@ -5,6 +5,7 @@ import errno
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from stat import S_ISREG
 
@@ -16,6 +17,7 @@ from scalecv.storage_place import Entry
 PART = ".part-"
 """What the name of a file begins with that is still being written, or whose writer died."""
 _READ_BYTES = 64 << 20
+_ATTEMPTS = 20
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 
@@ -110,6 +112,10 @@ def names(folder: str) -> list[str]:
         return sorted(os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError:
+        if os.path.isdir(folder):
+            raise
+        return []
 
 
 @contextlib.contextmanager
@@ -138,11 +144,12 @@ def _written(path: str, data: bytes | memoryview) -> Iterator[str]:
 
 def _new_part(folder: str) -> tuple[int, str]:
     """An open file and its path; the folder is made, also where somebody removes it meanwhile because it is empty."""
-    for _ in range(4):
+    for attempt in range(_ATTEMPTS):
         try:
             return tempfile.mkstemp(dir=folder, prefix=PART)
         except (FileNotFoundError, NotADirectoryError):
             _make_folder(folder)
+            time.sleep(0.001 * attempt)
     return tempfile.mkstemp(dir=folder, prefix=PART)
 
 

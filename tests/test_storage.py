@@ -186,3 +186,10 @@ def test_google_is_asked_by_generation(monkeypatch):
     assert storage.put_if_absent("gs://b/y", b"1")
     server.shutdown()
     assert Generations.conditions == ["77", "0"]
+
+
+def test_a_place_that_cannot_be_reached_holds_nothing(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").write_bytes(b"x")
+    for place in ("none", "loop", "loop/below", "file", "file/below", "n" * 300):
+        assert storage.list_names(str(tmp_path / place)) == []

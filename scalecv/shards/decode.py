@@ -196,7 +196,7 @@ def _tiff(data: bytes, *, is_placed: bool) -> Image:
             _check_size(header.width, header.height, header.bands * kind.itemsize, len(data))
             if kind.kind not in "uif":
                 raise BadImage("unsupported", f"pixels of dtype {header.dtype}")
-            pixels = scene.read()
+            pixels = scene.read() if is_placed else scene.read_interleaved()
     except raster.RasterError as error:
         said = _said(error)
         raise BadImage("unsupported" if "different dtypes" in said else "damaged", said) from None

@@ -50,6 +50,8 @@ NOTES: Final[dict[Note, str]] = {
 """Notes on samples that are kept, and what they mean."""
 
 MAX_MASK_VALUES = 256
+MOST_SUMMED = 1e100
+"""Largest number of an image: the squares of all pixels of all images have to add up to a float64."""
 _LARGE_PIXELS = 64_000_000
 _MIXED = 0.01
 """Share of pixels with nodata in some bands above which it is told: a dark pixel may be 0 in one band by chance."""
@@ -62,7 +64,8 @@ _ENDINGS = {
     "BMP": ("bmp", "dib"),
     "TIFF": ("tif", "tiff"),
 }
-
+FORMATS = frozenset(_ENDINGS)
+"""What an image's content can be."""
 
 Place = tuple[str, float, float, float, float, float, float, int, int]
 
@@ -107,7 +110,10 @@ def examine(
     seen = _seen_in_jpeg(data) or _seen_in(decode_image(data), data)
     values, notes = _mask_values(mask, seen.shape, declared, ignore, seen.keep)
     if mask is not None and seen.place is not None and mask.startswith(TIFF):
-        notes |= mask_place(seen.place, raster.profile(mask))
+        try:
+            notes |= mask_place(seen.place, raster.profile(mask))
+        except raster.RasterError as error:
+            raise BadImage("mask_damaged", str(error).splitlines()[0][:200]) from None
     return {
         "width": seen.shape[1],
         "height": seen.shape[0],
@@ -215,6 +221,12 @@ def _seen_in(image: Image, data: bytes) -> _Seen:
     is_jpeg = image.format == "JPEG"
     pixels = jpeg_sums.sampled(image.pixels, data) if is_jpeg else image.pixels
     counted, has_nan, notes, keep = _counted(pixels, image.nodata)
+    if counted.dtype.kind == "f" and counted.size and max(-float(counted.min()), float(counted.max())) > MOST_SUMMED:
+        raise BadImage(
+            "unsupported",
+            f"numbers from {counted.min():g} to {counted.max():g}, whose sums no number holds: where they stand for "
+            "missing pixels, declare that, as gdal_edit.py -a_nodata does",
+        )
     sums = band_sums(counted, pixels.shape[1] if keep is None else None)
     is_constant = bool(sums["pixels"]) and sums["min"] == sums["max"] and (not is_jpeg or _is_constant(image.pixels))
     height, width, bands = image.pixels.shape
@@ -313,7 +325,7 @@ def _mask_values(
 def _odd(name: str, data: bytes, seen: _Seen) -> dict[Note, str]:
     height, width, bands = seen.shape
     notes = _odd_outside(name, seen.format, height, width)
-    if seen.is_constant and "one_pixel" not in notes and "thin" not in notes:
+    if seen.is_constant and not notes.keys() & {"one_pixel", "thin"}:
         notes["constant"] = f"every pixel is {', '.join(f'{v:g}' for v in seen.sums['min'])}"
     if seen.has_nan:
         notes["nan"] = f"{height * width - seen.sums['pixels']} pixels that do not count"

@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+import numpy as np
 from typing_extensions import TypedDict
 
 from scalecv import raster
 from scalecv.shards import jpeg_sums
 from scalecv.shards.child import Child, Died, allow, reply, serving
 from scalecv.shards.decode import MAX_PIXELS, REASONS, BadImage, Reason
-from scalecv.shards.examine import Facts, examine, of_plain, plain
+from scalecv.shards.examine import FORMATS, MOST_SUMMED, Facts, examine, of_plain, plain
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -170,10 +171,24 @@ def _possible(facts: Facts) -> Facts:
 
     Raises: ValueError: none can, and what is made of them would fail.
     """
-    bands, (width, height) = facts["bands"], (facts["width"], facts["height"])
-    sums = len(facts["mean"]), len(facts["m2"]), len(facts["min"]), len(facts["max"])
-    if min(width, height, bands) < 1 or not 0 <= facts["pixels"] <= width * height <= MAX_PIXELS or {*sums} != {bands}:
-        raise ValueError(f"no image has {width}x{height} px in {bands} bands, sums of {sums} and {facts['pixels']} px")
-    for value in facts["mask_values"]:
-        int(value)
+    bands, width, height = facts["bands"], facts["width"], facts["height"]
+    sums = list(zip(facts["mean"], facts["m2"], facts["min"], facts["max"], strict=True))
+    slack = 1e-6  # of float sums
+    values = {int(value): pixels for value, pixels in facts["mask_values"].items()}
+    if (
+        min(width, height, bands) < 1
+        or not 0 <= facts["pixels"] <= width * height <= MAX_PIXELS
+        or not len(sums) == bands < 1 << 16
+        or facts["format"] not in FORMATS
+        or np.dtype(facts["dtype"]).kind not in "buif"
+        or any(
+            not (-MOST_SUMMED <= low <= high <= MOST_SUMMED and 0 <= m2 <= MOST_SUMMED**2 * MAX_PIXELS)
+            or not low - slack * max(1, abs(low)) <= mean <= high + slack * max(1, abs(high))
+            for mean, m2, low, high in sums
+        )
+        or len(values) != len(facts["mask_values"])
+        or any(abs(value) >= 1 << 63 or pixels < 0 for value, pixels in values.items())
+        or sum(values.values()) > width * height
+    ):
+        raise ValueError("no image has such facts")
     return facts

@@ -44,12 +44,20 @@ def of_file(data: bytes, known: turbo.Header) -> BandSums | None:
 def of_numbers(numbers: Sequence[int]) -> BandSums:
     """The sums as they are told: pixels, then for each band sum, sum of squares, smallest, largest.
 
-    Raises: ValueError: no pixels, or not four numbers for each of one or three bands.
+    Raises: ValueError: no pixels of bytes have such sums, or not four numbers for each of one or three bands.
     """
     pixels, *bands = numbers
-    if pixels < 1 or len(bands) not in (4, 12):
+    kinds = [bands[kind::4] for kind in range(4)]
+    if (
+        pixels < 1
+        or len(bands) not in (4, 12)
+        or any(
+            not 0 <= low * pixels <= total <= high * pixels <= 255 * pixels or total * total > pixels * square
+            for total, square, low, high in zip(*kinds, strict=True)
+        )
+    ):
         raise ValueError(f"{len(numbers)} numbers are no sums of {pixels} pixels")
-    return of_whole_numbers(pixels, *(bands[kind::4] for kind in range(4)))
+    return of_whole_numbers(pixels, *kinds)
 
 
 def sampled(pixels: NDArray[Any], data: bytes) -> NDArray[Any]:

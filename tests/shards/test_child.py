@@ -1,15 +1,18 @@
 """The process that decodes, as one that a hostile image has taken over would behave."""
 
 import json
+import math
 import os
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
 
 from scalecv.errors import ScalecvError
 from scalecv.raster import PIXELS, Profile
+from scalecv.shards import examiner
 from scalecv.shards.child import Child
 from scalecv.shards.decode import BadImage
 from scalecv.shards.examine import examine
@@ -31,8 +34,7 @@ def answers(line):
     return serve
 text, deep = answers(b"no JSON\\n"), answers(b"[" * 200_000 + b"\\n")
 none, other, lacking = answers(b"[]\\n"), answers(b'{"answers": 3}\\n'), answers(b'[{"width": 3}]\\n')
-few, negative, wide = answers(b"[[8, 8, 64, 1, 2]]\\n"), answers(b"[[-8, 8, 64, 1, 1, 0, 1]]\\n"), answers(FACTS)
-huge = answers(b"[[1" + b"0" * 30 + b", 8, 64, 1, 1, 0, 1]]\\n")
+square = answers(b"[[40, 40, 1600, 1000000, 0, 0, 255]]\\n")
 def endless(*shared):
     source, target = serving()
     source.readline()
@@ -70,13 +72,10 @@ def torn():
 """
 
 
-WIDE = b"[%s]\n" % json.dumps(examine("a.png", png(1)) | {"width": 1 << 40}).encode()
-
-
 @pytest.fixture
 def hostile(tmp_path, monkeypatch):
     """A function that gives one end of a child that a function above stands for."""
-    (tmp_path / "hostile.py").write_text(HOSTILE.replace("PIXELS", repr(tuple(PIXELS))).replace("FACTS", repr(WIDE)))
+    (tmp_path / "hostile.py").write_text(HOSTILE.replace("PIXELS", repr(tuple(PIXELS))))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     children = []
 
@@ -89,9 +88,45 @@ def hostile(tmp_path, monkeypatch):
         child.close()
 
 
-@pytest.mark.parametrize(
-    "name", ["text", "deep", "none", "other", "lacking", "endless", "few", "negative", "wide", "huge"]
+LIES: tuple[dict[str, Any] | list[int], ...] = (
+    [8, 8, 64, 1, 2],
+    [-8, 8, 64, 64, 64, 1, 1],
+    [10**30, 8, 64, 64, 64, 1, 1],
+    [40, 40, 1600, 1_000_000, 0, 0, 255],
+    [40, 40, 1600, 1600, 1600, 0, 256],
+    [40, 40, 1600, 1600, 1600, 2, 255],
+    {"width": 1 << 40},
+    {"bands": 2},
+    {"mean": [1.0, 1.0]},
+    {"m2": [-5.0] * 3},
+    {"mean": [math.nan] * 3},
+    {"mean": [math.inf] * 3},
+    {"m2": [1.7e308] * 3},
+    {"max": [1e300] * 3},
+    {"min": [200.0] * 3, "max": [3.0] * 3},
+    {"format": "XYZ"},
+    {"dtype": "foo"},
+    {"dtype": "object"},
+    {"mask_values": {"1": 10**9}},
+    {"mask_values": {"1": -4}},
+    {"mask_values": {str(10**30): 1}},
+    {"mask_values": {"one": 1}},
 )
+"""What no image has: in numbers, or beside the facts of a real one."""
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_facts_that_no_image_has_are_no_answer(lie):
+    """They would be in the record of a unit, and end each further ingest of this source."""
+    real = examine("a.png", png(1))
+    told = [real, [8, 8, 64, 64, 64, 1, 1], lie if isinstance(lie, list) else real | lie]
+    good, plain, answer = examiner._answers().validate_json(json.dumps(told))
+    assert examiner._read(good) == real and examiner._read(plain)["mean"] == [1.0]
+    with pytest.raises((ValueError, TypeError)):
+        examiner._read(answer)
+
+
+@pytest.mark.parametrize("name", ["text", "deep", "none", "other", "lacking", "endless", "square"])
 def test_an_answer_that_is_none_is_the_death_of_the_decoder(hostile, name):
     examiner = Examiner()
     examiner._child = hostile(name)

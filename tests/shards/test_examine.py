@@ -6,9 +6,10 @@ import time
 import numpy as np
 import PIL.Image
 import pytest
+import rasterio
 
 from scalecv.shards.band_sums import band_sums
-from scalecv.shards.decode import BadImage
+from scalecv.shards.decode import BadImage, decode_image, decode_pixels
 from scalecv.shards.examine import NOTES, examine
 from scalecv.shards.examiner import Examiner
 from scalecv.shards.record import BandSums
@@ -89,6 +90,38 @@ def test_nan_and_nodata_do_not_count():
     assert set(facts["notes"]) == {"nan"}
     dark = np.array([[[0, 0], [0, 5]]], np.uint8)  # a pixel has no data where all of its bands say so
     assert examine("x.tif", tiff(dark, nodata=0))["pixels"] == 1
+
+
+def test_numbers_whose_sums_no_number_holds_are_one_images_own():
+    """GDAL's usual nodata of float64, in a file that does not declare it: it ended the ingest of all others."""
+    pixels = np.random.default_rng(0).normal(0, 1, (9, 9, 2))
+    pixels[0] = -1.7976931348623157e308
+    with pytest.raises(BadImage, match=r"unsupported: numbers from -1\.79769e\+308 to .*-a_nodata"):
+        examine("a.tif", tiff(pixels))
+    assert examine("a.tif", tiff(pixels, nodata=-1.7976931348623157e308))["pixels"] == 72
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "float32"])
+def test_a_rasters_bands_lie_where_their_reader_wants_them(dtype):
+    """Sums go band by band, batches pixel by pixel: either is several times slower the other way."""
+    pixels = (np.random.default_rng(0).random((40, 30, 4)) * 1000).astype(dtype)
+    data = tiff(pixels)
+    summed, batched = decode_image(data).pixels, decode_pixels(data)
+    np.testing.assert_array_equal(summed, batched)
+    assert summed[..., 1].flags.c_contiguous and batched.flags.c_contiguous
+    facts = examine("a.tif", data)
+    by_band = [np.ascontiguousarray(pixels[..., i]).ravel() for i in range(4)]
+    assert facts["mean"] == [float(band.mean(dtype=np.float64)) for band in by_band]
+
+
+def test_a_mask_whose_place_is_damaged_is_the_masks_fault():
+    own = rasterio.CRS.from_proj4("+proj=lcc +lat_1=3 +lat_2=9 +lon_0=5 +ellps=bessel +units=m")
+    place = {"crs": own, "transform": rasterio.Affine(1, 0, 250000, 0, -1, 2700000)}
+    image, mask = tiff(np.ones((8, 8, 3), np.uint8), **place), tiff(np.ones((8, 8, 1), np.uint8), **place)
+    assert examine("a.tif", image, mask)["mask_values"] == {"1": 64}
+    with pytest.raises(BadImage) as caught:
+        examine("a.tif", image, mask.replace(b"unknown", b"\xff" * 7))
+    assert caught.value.reason == "mask_damaged"
 
 
 def test_masks_are_counted_and_compared():

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -366,16 +367,19 @@ def test_whoever_is_overtaken_while_writing_says_so(tmp_path):
             for name in storage.list_names(str(staging)):
                 storage.delete([f"{staging}/{name}"])
 
+    def write(number: int) -> bool:
+        try:
+            unit.stage(str(tmp_path), f"{staging}/{number}.json", b"{}")
+        except DataError as error:
+            assert "--append" in str(error)
+            return True
+        return False
+
     other = threading.Thread(target=clear)
     other.start()
-    told = 0
     try:
-        for number in range(400):
-            try:
-                unit.stage(str(tmp_path), f"{staging}/{number}.json", b"{}")
-            except DataError as error:
-                told += 1
-                assert "--append" in str(error)
+        with ThreadPoolExecutor(4) as pool:
+            told = sum(pool.map(write, range(1000)))
     finally:
         done.set()
         other.join()
