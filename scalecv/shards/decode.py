@@ -74,22 +74,18 @@ class Image:
     nodata: float | None
     """Value of pixels without data, as a raster says."""
     place: Profile | None = None
-    """The header of a raster, with its georeference where that was asked for."""
+    """The header of a raster, with its georeference."""
 
 
-def decode_image(data: bytes, *, is_placed: bool = True) -> Image:
-    """The pixels of one image, decoded to the end.
-
-    Args:
-        data: the file.
-        is_placed: whether to say where a raster lies, which takes longer than its pixels.
+def decode_image(data: bytes) -> Image:
+    """The pixels of one image, decoded to the end; a raster's lie band by band in memory, which sums want.
 
     Raises: BadImage: empty, not an image, not a supported one, too large, cut or damaged.
     """
     if not data:
         raise BadImage("empty", "0 bytes")
     if data.startswith(TIFF):
-        return _tiff(data, is_placed=is_placed)
+        return _tiff(data)
     picture = _load(data)
     kind = "JPEG" if picture.format == "MPO" else str(picture.format)
     picture = _upright(picture)
@@ -107,9 +103,11 @@ def decode_image(data: bytes, *, is_placed: bool = True) -> Image:
 
 def decode_pixels(data: bytes) -> NDArray[Any]:
     """[H, W, C] of bytes that are known good; the pixels that `decode_image` gives, sooner."""
+    if data.startswith(TIFF):
+        return _tiff(data, for_batches=True).pixels
     known = turbo.header(data)
     pixels = None if known is None else turbo.decode(data, known)
-    return decode_image(data, is_placed=False).pixels if pixels is None else pixels
+    return decode_image(data).pixels if pixels is None else pixels
 
 
 def decode_mask(data: bytes) -> NDArray[Any]:
@@ -120,7 +118,7 @@ def decode_mask(data: bytes) -> NDArray[Any]:
     if not data:
         raise BadImage("empty", "0 bytes")
     if data.startswith(TIFF):
-        values = _tiff(data, is_placed=False).pixels
+        values = _tiff(data, for_batches=True).pixels
     else:
         picture = _upright(_load(data))
         if picture.mode in ("PA", "LA", "La"):
@@ -188,15 +186,16 @@ def _upright(picture: Any) -> Any:
         return picture
 
 
-def _tiff(data: bytes, *, is_placed: bool) -> Image:
+def _tiff(data: bytes, *, for_batches: bool = False) -> Image:
+    """A raster; for batches without where it lies, which takes longer than its pixels, and bands interleaved."""
     try:
-        with raster.open_bytes(data, is_placed=is_placed) as scene:
+        with raster.open_bytes(data, is_placed=not for_batches) as scene:
             header = scene.profile
             kind = np.dtype(header.dtype)
             _check_size(header.width, header.height, header.bands * kind.itemsize, len(data))
             if kind.kind not in "uif":
                 raise BadImage("unsupported", f"pixels of dtype {header.dtype}")
-            pixels = scene.read() if is_placed else scene.read_interleaved()
+            pixels = scene.read_interleaved() if for_batches else scene.read()
     except raster.RasterError as error:
         said = _said(error)
         raise BadImage("unsupported" if "different dtypes" in said else "damaged", said) from None

@@ -160,7 +160,7 @@ def _answers() -> "TypeAdapter[list[list[int] | Facts | _Bad]]":
 
 def _read(answer: "list[int] | Facts | _Bad") -> Facts | BadImage:
     if isinstance(answer, list):
-        return _possible(of_plain(answer))
+        return of_plain(answer)
     if "width" in answer:
         return _possible(cast("Facts", answer))
     return BadImage(cast("Reason", answer["reason"] if answer["reason"] in REASONS else "damaged"), answer["detail"])
